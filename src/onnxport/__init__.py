@@ -1,0 +1,86 @@
+"""onnxport: every training checkpoint becomes a proven ONNX model.
+
+Names are resolved when they are first used: importing this package imports neither a training
+framework, nor MLflow, nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxport.api import export, verify
+    from onnxport.callbacks.cadence import Cadence
+    from onnxport.callbacks.lightning import OnnxExport
+    from onnxport.config import Inputs, MLflow, Tolerance, Verify
+    from onnxport.errors import (
+        ConfigurationError,
+        ExportError,
+        InputInferenceError,
+        MissingDependencyError,
+        OnnxportError,
+        PublishError,
+        TrackingError,
+        VerificationError,
+    )
+    from onnxport.exporter.weights import weights_sha256
+    from onnxport.report import Check, ExportReport
+    from onnxport.tree import Example
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cadence",
+    "Check",
+    "ConfigurationError",
+    "Example",
+    "ExportError",
+    "ExportReport",
+    "InputInferenceError",
+    "Inputs",
+    "MLflow",
+    "MissingDependencyError",
+    "OnnxExport",
+    "OnnxportError",
+    "PublishError",
+    "Tolerance",
+    "TrackingError",
+    "VerificationError",
+    "Verify",
+    "__version__",
+    "export",
+    "verify",
+    "weights_sha256",
+]
+
+_HOMES = {
+    "onnxport.api": ("export", "verify"),
+    "onnxport.callbacks.cadence": ("Cadence",),
+    "onnxport.callbacks.lightning": ("OnnxExport",),
+    "onnxport.config": ("Inputs", "MLflow", "Tolerance", "Verify"),
+    "onnxport.errors": (
+        "ConfigurationError",
+        "ExportError",
+        "InputInferenceError",
+        "MissingDependencyError",
+        "OnnxportError",
+        "PublishError",
+        "TrackingError",
+        "VerificationError",
+    ),
+    "onnxport.exporter.weights": ("weights_sha256",),
+    "onnxport.report": ("Check", "ExportReport"),
+    "onnxport.tree": ("Example",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'onnxport' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,82 @@
+"""The only place that touches what torch keeps private or changes between releases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "DEFAULT_OPSET",
+    "MAX_TORCHSCRIPT_OPSET",
+    "captured_output",
+    "export_context",
+    "is_compiled_forward",
+]
+
+DEFAULT_OPSET = 20
+"""What torch 2.13 writes by default; ONNX Runtime reads it since 1.17."""
+
+MAX_TORCHSCRIPT_OPSET = 20
+"""The TorchScript core knows no newer opset (torch 2.13, ``torch.onnx._constants``)."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def export_context() -> Iterator[None]:
+    """Run eager reference passes and exports under the same, exportable conditions.
+
+    No gradients, no autocast, and no fused transformer fast path:
+    ``aten::_transformer_encoder_layer_fwd`` has no ONNX form, and the fast path zeroes padded
+    rows, which the plain path does not (pytorch/pytorch#177013, #97111). Everything is put back.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def captured_output() -> Iterator[None]:
+    """Keep what exporters print, from Python and from C++, out of the user's terminal.
+
+    A failed TorchScript export prints its whole graph to file descriptor 1 from C++, and dynamo
+    logs the code that it gave up on. What is printed in the block goes to the debug log.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as sink, ExitStack() as stack:
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            saved = os.dup(descriptor)
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, descriptor)
+            os.dup2(sink.fileno(), descriptor)
+        stack.enter_context(redirect_stdout(sink))
+        stack.enter_context(redirect_stderr(sink))
+        try:
+            yield
+        finally:
+            sink.flush()
+            sink.seek(0)
+            logger.debug("%s", sink.read())
+
+
+def is_compiled_forward(forward: object) -> bool:
+    """Tell whether ``forward`` is the closure that ``torch.compile`` leaves on a module."""
+    return hasattr(forward, "_torchdynamo_orig_callable")

@@ -1,0 +1,159 @@
+"""The engine for a module in hand: export one module, or prove a model that is already there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxport.config import ExportOptions, Inputs, Verify
+from onnxport.errors import ConfigurationError, ExportError
+from onnxport.exporter.module_state import copy_module
+from onnxport.exporter.weights import weights_sha256
+from onnxport.pipeline import ExportJob, Pipeline
+from onnxport.pipeline.plan import make_plan
+from onnxport.pipeline.proof import Proof
+from onnxport.tree import Example, map_tensors
+from onnxport.validation.session import require_runtime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onnxport.config import CoreName, Precision
+    from onnxport.report import Check, ExportReport
+
+__all__ = ["export", "verify"]
+
+
+def export(
+    module: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    core: CoreName = "auto",
+    target: str | None = None,
+    inputs: Inputs | None = None,
+    opset: int | None = None,
+    precision: Precision | None = None,
+    verify: bool | Verify = True,
+) -> ExportReport:
+    """Export a module to a proven ONNX model.
+
+    The module is copied; the one given is not touched. The batch axis and other axes that vary are
+    inferred; the model is published under ``path`` only after ONNX Runtime agreed with PyTorch at
+    several sizes of each of them.
+
+    Args:
+        module: Any module, in any mode, on any device.
+        example: A tensor, a tuple of positional arguments, a mapping of keyword arguments, an
+            :class:`~onnxport.Example`, or a list of examples (several observed calls).
+        path: Where the model goes; the report goes to ``<path>.json``.
+        core: ``"auto"``, ``"dynamo"``, ``"trace"``, ``"script"`` or ``"torchscript"``.
+        target: Dotted name of a submodule to export instead of the module.
+        inputs: Overrides of what is inferred.
+        opset: ONNX opset version; default: torch's own.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the module's own.
+        verify: ``True`` or :class:`~onnxport.Verify`.
+
+    Returns:
+        The report of the published model.
+
+    Raises:
+        ConfigurationError: If an argument is wrong.
+        MissingDependencyError: If ONNX Runtime is not installed.
+        ExportError: If no core produced a model that passed the proof; ``report`` says why.
+
+    Example:
+        >>> import tempfile, torch, onnxport
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = onnxport.export(net, torch.randn(8, 4), f"{folder}/net.onnx", core="trace")
+        >>> report.dynamic_axes
+        {'input': {0: 'batch'}, 'output': {0: 'batch'}}
+    """
+    require_runtime()
+    options = ExportOptions.of(
+        core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+    )
+    job = _job(module, example, Path(path), options, target)
+    report = Pipeline().run(job)
+    if not report.ok:
+        raise ExportError(report.error or "The export failed.", report)
+    return report
+
+
+def verify(
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    examples: Any,
+    *,
+    inputs: Inputs | None = None,
+    verify: Verify | None = None,
+) -> list[Check]:
+    """Prove that an ONNX model computes what a module computes.
+
+    Args:
+        path: The model; its inputs and outputs must have the names that :func:`export` would give,
+            or those in ``inputs``.
+        module: The module; it is copied and not touched.
+        examples: As for :func:`export`.
+        inputs: Names and axes, where they differ from what is inferred.
+        verify: Tolerance, sizes and providers.
+
+    Returns:
+        The checks, all passed.
+
+    Raises:
+        VerificationError: At the first disagreement; ``checks`` holds what was compared.
+        ConfigurationError: If the file does not exist.
+    """
+    require_runtime()
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigurationError(f"There is no model at {file}. Give the path of an .onnx file.")
+    options = ExportOptions.of(
+        core="auto", inputs=inputs, opset=None, precision=None, verify=verify or True
+    )
+    plan = make_plan(_job(module, examples, file, options, None))
+    checks, _ = Proof(plan, options.verify).judge(file)
+    return list(checks)
+
+
+def _job(
+    module: nn.Module, example: Any, path: Path, options: ExportOptions, target: str | None
+) -> ExportJob:
+    copy = copy_module(module)
+    if target is not None:
+        _require_submodule(copy, target)
+    given = example if options.inputs.example is None else options.inputs.example
+    return ExportJob(
+        module=copy,
+        examples=read_examples(given),
+        path=path,
+        options=options,
+        target=target or "",
+        weights_sha256=weights_sha256(copy.state_dict()),
+    )
+
+
+def _require_submodule(module: nn.Module, target: str) -> None:
+    try:
+        module.get_submodule(target)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_children()]
+        raise ConfigurationError(
+            f"target={target!r} is no submodule of {type(module).__name__}, which has {names!r}."
+        ) from error
+
+
+def read_examples(value: Any) -> tuple[Example, ...]:
+    """Read one example or a list of them; tensors are brought to the CPU."""
+    values = value if isinstance(value, list) else [value]
+    read = [Example.of(item) for item in values]
+    return tuple(
+        Example(*map_tensors((example.args, dict(example.kwargs)), _on_cpu)) for example in read
+    )
+
+
+def _on_cpu(tensor: Any) -> Any:
+    return tensor.detach().cpu()

@@ -1,0 +1,51 @@
+"""The seam where checkpoints are written and removed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["MirroredCheckpointIO"]
+
+
+class MirroredCheckpointIO:
+    """Passes everything on to another checkpoint plugin and reports saves and removals.
+
+    This is the only place that sees every checkpoint with its final content, weights-only ones and
+    manual ones included, and every removal. A callback's ``on_save_checkpoint`` comes before the
+    file exists, is left out for ``save_weights_only=True``, and has no counterpart for removals.
+
+    Args:
+        inner: The plugin that does the work.
+        on_saved: Called with the checkpoint's content and path once it was saved.
+        on_removed: Called with the path once it was removed.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        on_saved: Callable[[dict[str, Any], str], None],
+        on_removed: Callable[[str], None],
+    ) -> None:
+        self.inner = inner
+        self.on_saved = on_saved
+        self.on_removed = on_removed
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save, then report."""
+        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        self.on_saved(checkpoint, str(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove, then report."""
+        self.inner.remove_checkpoint(path)
+        self.on_removed(str(path))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not yet set: unpickling, copying
+            raise AttributeError(name)
+        return getattr(self.inner, name)

@@ -1,0 +1,426 @@
+"""The adapter for Lightning, under both of its names: ``lightning`` and ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from onnxport._optional import is_available, optional_import
+from onnxport.callbacks.cadence import When, read_when
+from onnxport.callbacks.checkpoint_io import MirroredCheckpointIO
+from onnxport.callbacks.session import ExportSession, Saved, model_path
+from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
+from onnxport.errors import ConfigurationError
+from onnxport.report import ExportReport, Provenance
+from onnxport.validation.session import require_runtime
+
+if TYPE_CHECKING:
+    import os
+
+    from onnxport.config import CoreName, Precision
+    from onnxport.tracking.base import RunAddress, Tracker
+
+__all__ = ["OnnxExport"]
+
+logger = logging.getLogger(__name__)
+
+_FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
+_TUNER_PREFIXES = (".lr_find", ".scale_batch_size")
+"""Checkpoints that the tuner writes for itself and removes again."""
+
+
+class _FrameworkAware(type):
+    """Makes instances that are callbacks of the Lightning that the user imported.
+
+    ``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are different classes, and a
+    trainer takes only its own. Which one is meant is known when the callback is made: its trainer
+    was imported by then.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return type.__call__(_bound(cls, _imported_frameworks()), *args, **kwargs)
+
+
+def _imported_frameworks() -> tuple[str, ...]:
+    imported = tuple(name for name in _FRAMEWORKS if name in sys.modules)
+    if imported:
+        return imported
+    return tuple(name for name in _FRAMEWORKS if is_available(name.partition(".")[0]))[:1]
+
+
+@lru_cache
+def _bound(cls: type, frameworks: tuple[str, ...]) -> type:
+    with optional_import(extra="lightning", needed_for="The Lightning callback"):
+        if not frameworks:
+            raise ImportError("neither is installed", name="lightning")
+        callbacks = [importlib.import_module(name).Callback for name in frameworks]
+    missing = [callback for callback in callbacks if not issubclass(cls, callback)]
+    if not missing:
+        return cls
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_unbound": cls}
+    return type(cls)(cls.__name__, (cls, *missing), names)
+
+
+def _unpickled(cls: type, state: dict[str, Any]) -> Any:
+    instance = object.__new__(_bound(cls, _imported_frameworks()))
+    vars(instance).update(state)
+    return instance
+
+
+class OnnxExport(metaclass=_FrameworkAware):
+    """Turns every checkpoint into a proven ONNX model.
+
+    Next to each checkpoint that the trainer writes appears ``<stem>.onnx`` with that checkpoint's
+    weights, run in ONNX Runtime at several batch sizes and compared with PyTorch; it is removed
+    with its checkpoint. Training is not changed: losses, weights, optimizer state, random numbers
+    and the mode of every submodule stay as they would be without the callback.
+
+    Args:
+        dirpath: Folder for the models; default: beside each checkpoint.
+        when: ``"checkpoint"``: every checkpoint written, and the end; ``"end"``: only the best one,
+            when training ends; or a :class:`~onnxport.Cadence`.
+        core: ``"auto"`` (dynamo, then trace, then script), ``"dynamo"``, ``"trace"``, ``"script"``
+            or ``"torchscript"`` (trace, then script).
+        target: Dotted name of the submodule to export; default: the module's ``forward``, or, when
+            that is never called, the outermost submodule that is called with the batch.
+        inputs: Overrides of what is observed and inferred.
+        opset: ONNX opset version; default: torch's own.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the checkpoint's own,
+            as far as ONNX Runtime can run it.
+        verify: ``True``, or :class:`~onnxport.Verify` with tolerance, providers and sizes.
+        mlflow: ``"auto"``: the run of the trainer's ``MLFlowLogger``, if there is one; ``True``: as
+            ``"auto"``, but with a run of our own on sqlite under the trainer's root when there is
+            none; ``False``; or :class:`~onnxport.MLflow`.
+        register: Name in the model registry; short for ``MLflow(register=...)``.
+        background: Reserved for the worker process; in this version the work is done inline either
+            way.
+        on_error: ``"warn"``: log, report, keep training; ``"raise"``: raise
+            :class:`~onnxport.ExportError` at the next safe point of the loop.
+
+    Attributes:
+        reports: One :class:`~onnxport.ExportReport` per attempted checkpoint, complete when ``fit``
+            returns.
+
+    Raises:
+        ConfigurationError: If an argument is wrong.
+        MissingDependencyError: If ONNX Runtime, Lightning or (where asked for) MLflow is missing.
+
+    Example:
+        >>> from onnxport import OnnxExport
+        >>> callback = OnnxExport(when="end")
+        >>> callback.reports
+        []
+    """
+
+    def __init__(
+        self,
+        *,
+        dirpath: str | os.PathLike[str] | None = None,
+        when: When = "checkpoint",
+        core: CoreName = "auto",
+        target: str | None = None,
+        inputs: Inputs | None = None,
+        opset: int | None = None,
+        precision: Precision | None = None,
+        verify: bool | Verify = True,
+        mlflow: Literal["auto"] | bool | MLflow = "auto",
+        register: str | None = None,
+        background: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        require_choice("on_error", on_error, ("warn", "raise"))
+        require_runtime()
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.cadence = read_when(when)
+        self.target = target
+        self.background = background
+        self.on_error = on_error
+        self.options = ExportOptions.of(
+            core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+        )
+        self._mlflow = _read_mlflow(mlflow, register)
+        self._session: ExportSession | None = None
+        self._earlier: list[ExportReport] = []
+        self._saves = 0
+
+    @property
+    def reports(self) -> list[ExportReport]:
+        """One report per attempted checkpoint, in order."""
+        return [*self._earlier, *(self._session.reports if self._session else [])]
+
+    def should_export(self, trainer: Any, checkpoint: str) -> bool:  # noqa: ARG002 - for overriding
+        """Decide whether a checkpoint that was just written becomes a model.
+
+        Override this to decide in another way than by ``when``.
+
+        Args:
+            trainer: The trainer.
+            checkpoint: Path of the checkpoint.
+        """
+        return self.cadence.should_export(self._saves)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = vars(self) | {"_session": None, "_earlier": self.reports}
+        return _unpickled, (getattr(type(self), "_unbound", type(self)), state)
+
+    # --- hooks ------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002, D102
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if not isinstance(checkpoint_io, MirroredCheckpointIO):
+            checkpoint_io = MirroredCheckpointIO(checkpoint_io, _ignore, _ignore)
+            trainer.strategy.checkpoint_io = checkpoint_io
+        checkpoint_io.on_saved = lambda content, path: self._on_saved(trainer, content, path)
+        checkpoint_io.on_removed = self._on_removed
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: D102
+        if not trainer.is_global_zero:
+            return
+        self._earlier, self._saves = self.reports, 0
+        self._session = ExportSession(
+            pl_module,
+            self.options,
+            target=self.target,
+            tracker=self._tracker(trainer),
+            is_redirected=_is_redirected,
+            fallback=lambda: getattr(pl_module, "example_input_array", None),
+            say=_say(type(self)),
+        )
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:  # noqa: ARG002
+        if self._session is not None:
+            self._session.begin_batch(batch)
+        if trainer.world_size == 1:
+            self._raise_failure(trainer)
+
+    def on_validation_batch_start(  # noqa: D102
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # noqa: ARG002
+        if self._session is not None:
+            self._session.begin_batch(batch)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002, D102
+        self._raise_failure(trainer)
+        if self._session is not None and trainer.current_epoch > 0:
+            self._session.stop_observing()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: D102
+        if self._session is not None:
+            self._export_at_end(trainer, pl_module)
+            best = _best_checkpoint(trainer)
+            self._session.finish(None if best is None else model_path(best, self.dirpath))
+        self._raise_failure(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002, D102
+        if self._session is not None:
+            self._session.finish(failed=True)
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
+        if self._session is None or Path(path).name.startswith(_TUNER_PREFIXES):
+            return
+        try:
+            wanted = self.should_export(trainer, path)
+        except Exception:  # user code inside a save
+            logger.exception("should_export failed for %s; the checkpoint is exported", path)
+            wanted = True
+        self._saves += 1
+        if wanted:
+            self._save(content["state_dict"], path, _origin(trainer, path))
+
+    def _on_removed(self, path: str) -> None:
+        if self._session is not None:
+            self._session.removed(model_path(path, self.dirpath))
+
+    def _save(self, state: Any, checkpoint: str, origin: Provenance) -> None:
+        if self._session is not None:
+            path = model_path(checkpoint, self.dirpath)
+            self._session.saved(Saved(state=state, path=path, origin=origin))
+
+    def _export_at_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make sure that the best weights have a model."""
+        if self._session is None or not self.cadence.at_end:
+            return
+        if trainer.fast_dev_run:
+            self._dry_run(trainer, pl_module)
+            return
+        best = _best_checkpoint(trainer)
+        if best is None:
+            if not trainer.checkpoint_callbacks and not self._saves:
+                name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+                folder = Path(trainer.log_dir or trainer.default_root_dir)
+                origin = replace(_origin(trainer, ""), checkpoint=None)
+                self._save(pl_module.state_dict(), str(folder / name), origin)
+            return
+        path = str(model_path(best, self.dirpath))
+        if any(report.ok and report.path == path for report in self.reports) and Path(path).exists():
+            return
+        if any(not r.ok and r.checkpoint == best for r in self.reports):
+            return  # tried and failed with these weights already
+        content = trainer.strategy.checkpoint_io.load_checkpoint(
+            best, map_location="cpu", weights_only=False
+        )
+        origin = replace(
+            _origin(trainer, best), epoch=content.get("epoch"), global_step=content.get("global_step")
+        )
+        self._save(content["state_dict"], best, _with_best_score(trainer, origin))
+
+    def _dry_run(self, trainer: Any, pl_module: Any) -> None:
+        """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
+        if self._session is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="onnxport-") as folder:
+            self._session.dry_run(
+                Saved(
+                    state=pl_module.state_dict(),
+                    path=Path(folder) / "model.onnx",
+                    origin=replace(_origin(trainer, ""), checkpoint=None),
+                )
+            )
+
+    # --- tracking and errors ----------------------------------------------------------------
+
+    def _tracker(self, trainer: Any) -> Tracker | None:
+        address = _run_address(trainer, self._mlflow)
+        if address is None or trainer.fast_dev_run:
+            return None
+        from onnxport.tracking.mlflow import MlflowTracker
+
+        return MlflowTracker(address)
+
+    def _raise_failure(self, trainer: Any) -> None:
+        """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""
+        if self.on_error != "raise":
+            return
+        failure = None if self._session is None else self._session.take_failure()
+        if failure is not None and trainer.world_size == 1:
+            raise failure
+        if trainer.world_size > 1:
+            message = trainer.strategy.broadcast(None if failure is None else str(failure))
+            if message is not None:
+                from onnxport.errors import ExportError
+
+                raise failure if failure is not None else ExportError(message)
+
+
+def _say(cls: type) -> Any:
+    """Return the framework's own way to tell the user something, which shows by default."""
+    framework = next(
+        name for base in cls.__mro__ for name in _FRAMEWORKS if base.__module__.startswith(name)
+    )
+    return importlib.import_module(f"{framework}.utilities.rank_zero").rank_zero_info
+
+
+def _ignore(*_: Any) -> None:
+    """Do nothing."""
+
+
+def _read_mlflow(
+    mlflow: Literal["auto"] | bool | MLflow, register: str | None
+) -> tuple[str, MLflow] | None:
+    """Return how eager to track (``"auto"`` or ``"always"``) and the options; ``None``: not."""
+    if mlflow is False:
+        if register is not None:
+            raise ConfigurationError(
+                f"register={register!r} needs MLflow, and mlflow=False. Leave one of them out."
+            )
+        return None
+    if not (mlflow == "auto" or mlflow is True or isinstance(mlflow, MLflow)):
+        raise ConfigurationError(
+            f"mlflow must be 'auto', True, False or MLflow(...); got {mlflow!r}."
+        )
+    options = mlflow if isinstance(mlflow, MLflow) else MLflow()
+    if register is not None:
+        options = replace(options, register=register)
+    eager = mlflow is True or options.tracking_uri is not None or options.register is not None
+    if eager:
+        from onnxport.tracking.mlflow import require_mlflow
+
+        require_mlflow()
+    return ("always" if eager else "auto"), options
+
+
+def _run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress | None:
+    """Find the run: that of the trainer's ``MLFlowLogger``, or one of our own if asked for."""
+    if mlflow is None:
+        return None
+    from onnxport.tracking.base import RunAddress
+
+    eagerness, options = mlflow
+    for found in trainer.loggers:
+        if any(base.__name__ == "MLFlowLogger" for base in type(found).__mro__):
+            prefix = getattr(found, "_prefix", "")
+            return RunAddress(
+                uri=found.experiment.tracking_uri,
+                run_id=found.run_id,
+                experiment_id=found.experiment_id,
+                metric_prefix=f"{prefix}{found.LOGGER_JOIN_CHAR}" if prefix else "",
+                options=options,
+            )
+    if eagerness == "auto":
+        return None
+    root = Path(trainer.default_root_dir).resolve()
+    if options.tracking_uri is not None:
+        return RunAddress(uri=options.tracking_uri, options=options)
+    root.mkdir(parents=True, exist_ok=True)
+    return RunAddress(
+        uri=f"sqlite:///{root / 'mlflow.db'}",
+        artifact_root=(root / "mlartifacts").as_uri(),
+        options=options,
+    )
+
+
+def _is_redirected(module: Any) -> bool:
+    """Tell whether a call of the module is a step that a strategy routes through ``forward``.
+
+    Source: ``lightning.pytorch.strategies.strategy._ForwardRedirection``, which sets
+    ``wrapped_forward`` on the instance until it is called.
+    """
+    forward = vars(module).get("forward")
+    return getattr(forward, "__name__", "") == "wrapped_forward"
+
+
+def _origin(trainer: Any, checkpoint: str) -> Provenance:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    monitored = next((cb for cb in trainer.checkpoint_callbacks if _monitor(cb) is not None), None)
+    return Provenance(
+        checkpoint=checkpoint,
+        epoch=trainer.current_epoch,
+        global_step=trainer.global_step,
+        metrics=metrics,
+        monitor=_monitor(monitored),
+        mode="max" if getattr(monitored, "mode", "min") == "max" else "min",
+    )
+
+
+def _monitor(callback: Any) -> str | None:
+    return getattr(callback, "monitor", None)
+
+
+def _best_checkpoint(trainer: Any) -> str | None:
+    """Return the best checkpoint that is on disk."""
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_path", "")
+        if best and Path(best).is_file():
+            return str(best)
+    return None
+
+
+def _with_best_score(trainer: Any, origin: Provenance) -> Provenance:
+    """The current metrics are the last epoch's; of the best one only the score is known."""
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    if origin.monitor is None or score is None or not math.isfinite(float(score)):
+        return replace(origin, metrics={})
+    return replace(origin, metrics={origin.monitor: float(score)})

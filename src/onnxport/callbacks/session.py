@@ -1,0 +1,293 @@
+"""What every adapter shares: one training run and the models that come out of it.
+
+An adapter tells the session what happens (a batch begins, a checkpoint was saved or removed,
+training ends); the session observes, exports, tracks and keeps the reports. None of its methods
+raises: failures are reported, and handed out by :meth:`ExportSession.take_failure`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onnxport.api import read_examples
+from onnxport.errors import ExportError, OnnxportError
+from onnxport.exporter.module_state import copy_module, load_weights, run_borrowed
+from onnxport.exporter.weights import weights_sha256
+from onnxport.exporter.writer import remove_model
+from onnxport.inputs.observe import Observer
+from onnxport.pipeline import ExportJob, LiveReference, Pipeline
+from onnxport.pipeline.run import read_report, save_report
+from onnxport.report import ExportReport, Provenance
+from onnxport.tree import Example, flatten, map_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import nn
+
+    from onnxport.config import ExportOptions
+    from onnxport.tracking.base import Tracker
+
+__all__ = ["ExportSession", "Saved", "model_path"]
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
+
+
+def model_path(checkpoint: str | Path, dirpath: Path | None = None) -> Path:
+    """Return where the model of a checkpoint goes: beside it, same stem, ``.onnx``.
+
+    Example:
+        >>> model_path("runs/epoch=1-acc=0.95.ckpt").name
+        'epoch=1-acc=0.95.onnx'
+    """
+    path = Path(checkpoint)
+    stem = path.stem if path.suffix in _CHECKPOINT_SUFFIXES else path.name
+    return (path.parent if dirpath is None else dirpath) / f"{stem}.onnx"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A set of weights that should become a model.
+
+    Args:
+        state: The checkpoint's ``state_dict``.
+        path: Where the model goes.
+        origin: Where the weights come from.
+    """
+
+    state: Mapping[str, Any]
+    path: Path
+    origin: Provenance = field(default_factory=Provenance)
+
+
+class ExportSession:
+    """One training run.
+
+    Args:
+        module: The live module.
+        options: How to export.
+        target: Name of the submodule to export; ``None``: find it by watching.
+        tracker: Where proven models are tracked, or ``None``.
+        is_redirected: See :class:`~onnxport.inputs.observe.Observer`.
+        fallback: Gives an example when no call was observed, or ``None``.
+        say: Tells the user one line per model.
+
+    Attributes:
+        reports: One report per attempted checkpoint, in order.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        options: ExportOptions,
+        *,
+        target: str | None = None,
+        tracker: Tracker | None = None,
+        is_redirected: Callable[[nn.Module], bool] = lambda _: False,
+        fallback: Callable[[], Any] = lambda: None,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.reports: list[ExportReport] = []
+        self._module = module
+        self._options = options
+        self._target = target
+        self._tracker = tracker
+        self._fallback = fallback
+        self._say = say
+        self._pipeline = Pipeline()
+        self._failure: ExportError | None = None
+        self._origins: dict[str, Provenance] = {}
+        targets = None if target is None else (target,)
+        self._observer = Observer(module, targets=targets, is_redirected=is_redirected)
+        if options.inputs.example is None:
+            self._observer.start()
+
+    # --- what the adapter tells -------------------------------------------------------------
+
+    def begin_batch(self, batch: Any) -> None:
+        """A batch was moved to its device and a step begins."""
+        if self._observer.active:
+            self._observer.begin_batch(batch)
+
+    def stop_observing(self) -> None:
+        """Remove the hooks, if a call was seen."""
+        if self._observer.choose() is not None:
+            self._observer.stop()
+
+    def saved(self, saved: Saved) -> ExportReport:
+        """Weights were saved: export, prove, publish and track them."""
+        start = time.perf_counter()
+        with self._unobserved():
+            report = self._export(saved)
+        report = self._track(report, saved.origin, last=False)
+        self._keep(report, time.perf_counter() - start)
+        return report
+
+    def dry_run(self, saved: Saved) -> None:
+        """Prove that the module exports; the report names no file, nothing is tracked."""
+        start = time.perf_counter()
+        with self._unobserved():
+            report = self._export(saved)
+        self._keep(replace(report, path=None), time.perf_counter() - start)
+
+    def removed(self, path: Path) -> None:
+        """A checkpoint was removed: remove its model, if it is one of ours."""
+        if read_report(path) is None:
+            return
+        try:
+            remove_model(path)
+        except OSError as error:
+            logger.warning("%s was not removed with its checkpoint: %s", path, error)
+
+    def finish(self, best: Path | None = None, *, failed: bool = False) -> None:
+        """Training is over: finish tracking, and remove all hooks.
+
+        Args:
+            best: The model of the best checkpoint, if known.
+            failed: Whether training ended with an error.
+        """
+        self._observer.stop()
+        if self._tracker is None:
+            return
+        for place, report in enumerate(self.reports):
+            is_best = best is not None and report.path == str(best)
+            missing = report.tracking is not None and report.tracking.missing
+            if report.ok and Path(str(report.path)).exists() and (is_best or missing):
+                origin = self._origins.get(str(report.path), Provenance())
+                self.reports[place] = self._track(report, origin, last=True)
+                if self._is_down(place):
+                    break  # the server is still down: asking again for each model would take long
+        self._tracker.close(failed=failed)
+
+    def take_failure(self) -> ExportError | None:
+        """Return the first failure that was not taken yet."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    # --- the work ---------------------------------------------------------------------------
+
+    def _export(self, saved: Saved) -> ExportReport:
+        try:
+            return self._pipeline.run(self._job(saved))
+        except Exception as error:  # noqa: BLE001 - copying and running user code; reported below
+            logger.debug("The export could not start", exc_info=True)
+            text = str(error) if isinstance(error, OnnxportError) else f"{type(error).__name__}: {error}"
+            report = ExportReport(
+                ok=False,
+                checkpoint=saved.origin.checkpoint,
+                epoch=saved.origin.epoch,
+                global_step=saved.origin.global_step,
+                metrics=saved.origin.metrics,
+                error=text,
+            )
+            self.removed(saved.path)
+            save_report(report, saved.path)
+            return report
+
+    def _job(self, saved: Saved) -> ExportJob:
+        target = self._find_target()
+        examples = self._examples(target)
+        reference = self._live_reference(target, examples, saved.state)
+        copy = copy_module(self._module)
+        warnings = load_weights(copy, saved.state)
+        return ExportJob(
+            module=copy,
+            examples=examples,
+            path=saved.path,
+            options=self._options,
+            target=target,
+            weights_sha256=weights_sha256(saved.state),
+            provenance=saved.origin,
+            reference=reference,
+            warnings=warnings,
+        )
+
+    def _find_target(self) -> str:
+        return self._target if self._target is not None else self._observer.choose() or ""
+
+    def _examples(self, target: str) -> tuple[Example, ...]:
+        given = self._options.inputs.example
+        if given is None and target in self._observer.recorders:
+            return tuple(self._observer.recorders[target].examples)
+        given = self._fallback() if given is None else given
+        return () if given is None else read_examples(given)
+
+    def _live_reference(
+        self, target: str, examples: tuple[Example, ...], state: Mapping[str, Any]
+    ) -> LiveReference | None:
+        """Run the live module once with the checkpoint's weights."""
+        if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
+            return None
+        module = self._module.get_submodule(target)
+        device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+        prefix = f"{target}." if target else ""
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix) and isinstance(tensor, torch.Tensor)
+        }
+        example = examples[0]
+        args, kwargs = map_tensors(
+            (example.args, dict(example.kwargs)), lambda tensor: tensor.to(device)
+        )
+        outputs = run_borrowed(module, own, args, kwargs)
+        return LiveReference(
+            example=example,
+            outputs=tuple(tensor.detach().cpu() for _, tensor in flatten(outputs)[1]),
+            # Another device rounds differently, and may use TF32.
+            rtol=1e-4 if device.type == "cpu" else 2e-2,
+        )
+
+    def _track(self, report: ExportReport, origin: Provenance, *, last: bool) -> ExportReport:
+        if self._tracker is None or not report.ok:
+            return report
+        self._origins[str(report.path)] = origin
+        tracked = report.with_tracking(self._tracker.publish(report, origin, last=last))
+        save_report(tracked, Path(str(report.path)))
+        return tracked
+
+    def _is_down(self, place: int) -> bool:
+        tracking = self.reports[place].tracking
+        return tracking is not None and bool(tracking.missing)
+
+    def _keep(self, report: ExportReport, seconds: float) -> None:
+        report = replace(report, seconds=report.seconds | {"total": round(seconds, 4)})
+        self.reports.append(report)
+        if report.ok:
+            self._say(_success_line(report))
+            return
+        name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
+        message = f"No ONNX model for {name}: {report.error}"
+        logger.warning("%s Training goes on.", message)
+        if self._failure is None:
+            self._failure = ExportError(message, report)
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        """Our own runs are no observations, and a copy of the module must not hold our hooks."""
+        active = self._observer.active
+        self._observer.stop()
+        try:
+            yield
+        finally:
+            if active:
+                self._observer.start()
+
+
+def _success_line(report: ExportReport) -> str:
+    dims = sorted({dim for axes in report.dynamic_axes.values() for dim in axes.values()})
+    target = f", target {report.target!r}" if report.target else ""
+    return (
+        f"onnxport: {report.path or 'dry run'} proven ({report.core}{target}, dynamic: "
+        f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
+        f"{report.seconds['total']:.1f} s)"
+    )

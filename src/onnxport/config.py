@@ -1,0 +1,251 @@
+"""Options as frozen values, checked once when they are made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from onnxport.errors import ConfigurationError
+
+__all__ = [
+    "CoreName",
+    "ExportOptions",
+    "Inputs",
+    "MLflow",
+    "Precision",
+    "Tolerance",
+    "Verify",
+]
+
+CoreName = Literal["auto", "dynamo", "trace", "script", "torchscript"]
+Precision = Literal["fp32", "fp16", "bf16", "fp64"]
+
+CORES: tuple[str, ...] = ("auto", "dynamo", "trace", "script", "torchscript")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp64")
+POLICIES: tuple[str, ...] = ("best", "all", "end")
+MIN_OPSET = 11
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ConfigurationError: With the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What would otherwise be observed and inferred.
+
+    Args:
+        example: A tensor, a tuple of positional arguments, a mapping of keyword arguments, an
+            :class:`~onnxport.Example`, or a list of examples.
+        names: Names of the graph's inputs, in order.
+        output_names: Names of the graph's outputs, in order.
+        dynamic_axes: For each input or output named here: axis -> name of the dimension, or a list
+            of axes. Replaces what is inferred for every input; outputs follow by running the model.
+
+    Example:
+        >>> Inputs(names=("image",), dynamic_axes={"image": {0: "batch"}}).names
+        ('image',)
+    """
+
+    example: Any = None
+    names: tuple[str, ...] | None = None
+    output_names: tuple[str, ...] | None = None
+    dynamic_axes: Mapping[str, Mapping[int, str] | tuple[int, ...] | list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("names", "output_names"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigurationError(
+                    f"Inputs({name}=) must be a tuple of names, got the string {value!r}. "
+                    f"Write ({value!r},)."
+                )
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far ONNX Runtime's outputs may be from PyTorch's.
+
+    By default an error budget is measured: PyTorch runs in float64 on the same rows, and ONNX
+    Runtime may be ``factor`` times further from that than PyTorch's own precision is.
+
+    Args:
+        factor: Dimensionless; at least 1.
+        atol: If given (with ``rtol`` or alone), replaces the measured budget: in units of the
+            output.
+        rtol: Dimensionless, times the largest absolute value of the output.
+
+    Raises:
+        ConfigurationError: If a value is negative or ``factor`` is below 1.
+    """
+
+    factor: float = 8.0
+    atol: float | None = None
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ConfigurationError(f"Tolerance(factor=) must be at least 1, got {self.factor!r}.")
+        for name in ("atol", "rtol"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigurationError(f"Tolerance({name}=) must be >= 0, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verify:
+    """How a model is proven.
+
+    Args:
+        tolerance: See :class:`Tolerance`.
+        providers: ``"auto"``: CPU, and each accelerator provider that can really run; or the names
+            of ONNX Runtime execution providers, each of which must really run.
+        sizes: Batch sizes to prove; default: 1, 2, the observed one and an odd larger one.
+        seconds_per_run: A batch size is lowered when one eager run of it would take longer than
+            this; in seconds.
+
+    Raises:
+        ConfigurationError: If a size is below 1, or there are no providers.
+    """
+
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    providers: Literal["auto"] | tuple[str, ...] = "auto"
+    sizes: tuple[int, ...] | None = None
+    seconds_per_run: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.providers != "auto":
+            if isinstance(self.providers, str) or not self.providers:
+                raise ConfigurationError(
+                    "Verify(providers=) must be 'auto' or a tuple of provider names such as "
+                    f"('CPUExecutionProvider',); got {self.providers!r}."
+                )
+            object.__setattr__(self, "providers", tuple(self.providers))
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", tuple(self.sizes))
+            if not self.sizes or min(self.sizes) < 1:
+                raise ConfigurationError(
+                    f"Verify(sizes=) must hold batch sizes of at least 1, got {self.sizes!r}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLflow:
+    """How proven models are tracked and registered.
+
+    Args:
+        tracking_uri: Where to track when the trainer has no ``MLFlowLogger``; default: a sqlite
+            store under the trainer's root directory.
+        experiment: Name of the experiment of a run that we start.
+        register: Name in the model registry; ``None``: do not register.
+        alias: The alias that points to the best proven version.
+        policy: ``"best"``: a version for each model that becomes the best; ``"all"``: a version for
+            each proven model; ``"end"``: one version, of the best model, at the end of training.
+        min_delta: By how much the monitored metric must be better for the alias to move.
+
+    Raises:
+        ConfigurationError: If a name is not legal in MLflow's registry, or a choice is unknown.
+
+    Source: MLflow's rules for model names (no ``/`` or ``:``) and aliases (letters, digits, ``-``
+    and ``_``; ``latest`` and ``v<digits>`` are reserved).
+    """
+
+    tracking_uri: str | None = None
+    experiment: str = "onnxport"
+    register: str | None = None
+    alias: str = "champion"
+    policy: Literal["best", "all", "end"] = "best"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("MLflow(policy=)", self.policy, POLICIES)
+        if self.register is not None and not re.fullmatch(r"[^/:]+", self.register):
+            raise ConfigurationError(
+                f"A registered model's name must not be empty or hold '/' or ':'; "
+                f"got {self.register!r}."
+            )
+        if not re.fullmatch(r"(?!latest$|v\d+$)[A-Za-z0-9_-]{1,255}", self.alias):
+            raise ConfigurationError(
+                "MLflow(alias=) may hold letters, digits, '-' and '_', and must not be 'latest' or "
+                f"'v<digits>'; got {self.alias!r}."
+            )
+        if not self.min_delta >= 0:
+            raise ConfigurationError(f"MLflow(min_delta=) must be >= 0, got {self.min_delta!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """Everything that decides how one module becomes one proven model.
+
+    Args:
+        core: Which exporter to use; ``"auto"`` tries dynamo, trace and script in this order,
+            ``"torchscript"`` trace and script.
+        inputs: Overrides of what is observed and inferred.
+        opset: ONNX opset version; default: torch's own.
+        precision: Cast to this precision before exporting; default: the checkpoint's own, as far
+            as ONNX Runtime can run it.
+        verify: How to prove.
+
+    Raises:
+        ConfigurationError: If a choice is unknown or the opset is not one.
+    """
+
+    core: CoreName = "auto"
+    inputs: Inputs = field(default_factory=Inputs)
+    opset: int | None = None
+    precision: Precision | None = None
+    verify: Verify = field(default_factory=Verify)
+
+    def __post_init__(self) -> None:
+        require_choice("core", self.core, CORES)
+        if self.precision is not None:
+            require_choice("precision", self.precision, PRECISIONS)
+        if self.opset is not None and (
+            isinstance(self.opset, bool) or not isinstance(self.opset, int) or self.opset < MIN_OPSET
+        ):
+            raise ConfigurationError(
+                f"opset must be a whole number of at least {MIN_OPSET}, got {self.opset!r}."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        core: CoreName,
+        inputs: Inputs | None,
+        opset: int | None,
+        precision: Precision | None,
+        verify: bool | Verify,
+    ) -> ExportOptions:
+        """Make options from the flat arguments of the public functions.
+
+        Raises:
+            ConfigurationError: If ``verify`` is false: nothing unproven is ever published.
+        """
+        if verify is False or not isinstance(verify, (bool, Verify)):
+            raise ConfigurationError(
+                f"verify must be True or Verify(...), got {verify!r}: nothing unproven is "
+                "published. Use Verify(tolerance=Tolerance(...)) to state another tolerance."
+            )
+        if inputs is not None and not isinstance(inputs, Inputs):
+            raise ConfigurationError(
+                f"inputs must be Inputs(...), got {type(inputs).__name__}. "
+                "Write inputs=Inputs(example=...)."
+            )
+        return cls(
+            core=core,
+            inputs=inputs if inputs is not None else Inputs(),
+            opset=opset,
+            precision=precision,
+            verify=verify if isinstance(verify, Verify) else Verify(),
+        )

@@ -1,0 +1,55 @@
+"""The dynamo core: ``torch.export``, then translation operator by operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxport.exporter.base import ExportRequest
+
+__all__ = ["DynamoCore"]
+
+
+@dataclass(frozen=True, slots=True)
+class DynamoCore:
+    """Exports through ``torch.onnx.export(dynamo=True)``.
+
+    Args:
+        automatic: Ask for ``Dim.AUTO`` instead of ``Dim.DYNAMIC``. AUTO lets a module that
+            constrains a size come out, and specialises silently where it must: the proof at other
+            sizes tells.
+    """
+
+    automatic: bool = False
+    name: str = "dynamo"
+
+    @property
+    def variant(self) -> str:
+        """``"automatic dims"`` or ``""``."""
+        return "automatic dims" if self.automatic else ""
+
+    def export(self, request: ExportRequest) -> ir.Model:
+        """Return the optimised graph."""
+        program = torch.onnx.export(
+            request.module,
+            request.args,
+            dynamo=True,
+            dynamic_shapes=(tuple(self._dims(axes) for axes in request.input_axes),),
+            input_names=list(request.input_names),
+            output_names=list(request.output_names),
+            opset_version=request.opset,
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("torch.onnx.export(dynamo=True) returned no program")
+        return program.model
+
+    def _dims(self, axes: dict[int, str]) -> dict[int, Any]:
+        if self.automatic:
+            return dict.fromkeys(axes, torch.export.Dim.AUTO)
+        return dict(axes)

@@ -1,0 +1,182 @@
+"""Write a graph to disk and bring it under its final name in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnxport.errors import PublishError
+from onnxport.exporter.flat import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = [
+    "EXTERNAL_DATA_BYTES",
+    "model_files",
+    "publish",
+    "remove_model",
+    "report_path",
+    "staging",
+    "write_model",
+    "write_text",
+]
+
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""Weights beyond this go to ``<stem>.onnx.data``; a protobuf file cannot pass 2 GB."""
+
+METADATA_PREFIX = "onnxport."
+REPORT_SUFFIX = ".json"
+DATA_SUFFIX = ".data"
+
+
+@contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """Give the path of a temporary file that can be published as ``final``.
+
+    It lies in a hidden folder beside the final name, so that publishing is a rename; the folder is
+    removed on any exit.
+
+    Raises:
+        PublishError: If the folder cannot be made.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".onnxport-", dir=final.parent))
+    except OSError as error:
+        raise PublishError(
+            f"Cannot write to {final.parent}: {error.strerror or error}. "
+            "Give a writable folder with dirpath=."
+        ) from error
+    try:
+        yield folder / final.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_model(model: ir.Model, path: Path, metadata: Mapping[str, object], prefix: str) -> None:
+    """Write a graph with names as in the checkpoint and with its provenance.
+
+    Args:
+        model: The graph; changed in place.
+        path: Where to write; external data go to ``<path>.data``.
+        metadata: Written to ``metadata_props`` under ``onnxport.<key>``; values that are no strings
+            as JSON.
+        prefix: What stands before the exported module's names in the checkpoint, e.g. ``"net."``.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
+    _rename_initializers(model, prefix)
+    model.producer_name = "onnxport"
+    for key, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props[METADATA_PREFIX + key] = text
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    external = path.name + DATA_SUFFIX if size > EXTERNAL_DATA_BYTES else None
+    try:
+        ir.save(model, path, external_data=external)
+        for file in model_files(path):
+            _sync(file)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _rename_initializers(model: ir.Model, prefix: str) -> None:
+    """Give weights the names that they have in the checkpoint."""
+    used = set(model.graph.initializers)
+    for name in list(model.graph.initializers):
+        renamed = prefix + name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and renamed not in used:
+            value = model.graph.initializers[name]
+            value.name = renamed
+            if value.const_value is not None:
+                value.const_value.name = renamed
+            used.add(renamed)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Bring a proven model under its final name, data first.
+
+    Raises:
+        PublishError: If the rename fails; nothing half-written has the final name then.
+    """
+    staged_data, final_data = (path.with_name(path.name + DATA_SUFFIX) for path in (staged, final))
+    try:
+        if staged_data.exists():
+            staged_data.replace(final_data)
+            staged.replace(final)
+        else:
+            staged.replace(final)
+            final_data.unlink(missing_ok=True)
+        _sync(final.parent)
+    except OSError as error:
+        raise _not_written(final, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".onnxport-", delete=False, encoding="utf-8"
+        ) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except OSError:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def model_files(path: Path) -> tuple[Path, ...]:
+    """Return the files of a model that exist: the graph and its external data."""
+    files = (path, path.with_name(path.name + DATA_SUFFIX))
+    return tuple(file for file in files if file.exists())
+
+
+def report_path(path: Path) -> Path:
+    """Return where the report of a model lies."""
+    return path.with_name(path.name + REPORT_SUFFIX)
+
+
+def remove_model(path: Path) -> None:
+    """Remove a model, its external data and its report; what is not there is left alone."""
+    for file in (*model_files(path), report_path(path)):
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_written(path: Path, error: OSError) -> PublishError:
+    return PublishError(
+        f"Cannot write {path}: {error.strerror or error}. Nothing half-written is left there; "
+        "free some space or give another folder with dirpath=."
+    )

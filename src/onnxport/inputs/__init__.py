@@ -1,0 +1,1 @@
+"""Which calls a module gets, what their tensors are called and which axes may vary."""

@@ -1,0 +1,55 @@
+"""Real rows at other sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxport.signature import Axes
+
+__all__ = ["current_sizes", "negate", "resize", "take"]
+
+
+def take(tensor: torch.Tensor, axes: Sequence[int], index: torch.Tensor) -> torch.Tensor:
+    """Index several axes of a tensor with the same index of shape ``(n,)``."""
+    for axis in axes:
+        tensor = tensor.index_select(axis, index)
+    return tensor.contiguous()
+
+
+def resize(
+    tensors: Sequence[torch.Tensor], axes: Axes, sizes: Mapping[str, int]
+) -> tuple[torch.Tensor, ...]:
+    """Repeat or cut real rows until each named dimension has the wanted size.
+
+    Args:
+        tensors: One example, any shapes.
+        axes: The dynamic axes of each tensor.
+        sizes: Wanted size per dimension; dimensions that are not named keep their size.
+    """
+    resized = []
+    for tensor, dims in zip(tensors, axes, strict=True):
+        for axis, name in dims.items():
+            if name in sizes and tensor.shape[axis] not in {0, sizes[name]}:
+                index = torch.arange(sizes[name]) % tensor.shape[axis]
+                tensor = tensor.index_select(axis, index)  # noqa: PLW2901
+        resized.append(tensor.contiguous())
+    return tuple(resized)
+
+
+def current_sizes(tensors: Sequence[torch.Tensor], axes: Axes) -> dict[str, int]:
+    """Return the size of each named dimension."""
+    return {
+        name: tensor.shape[axis]
+        for tensor, dims in zip(tensors, axes, strict=True)
+        for axis, name in dims.items()
+    }
+
+
+def negate(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Flip the sign of all floating-point tensors; others stay."""
+    return tuple(-tensor if tensor.is_floating_point() else tensor for tensor in tensors)

@@ -1,0 +1,10 @@
+"""The only orchestration: plan, export, prove, publish. Values in, a report out.
+
+The same functions run inside the training process and anywhere else: nothing here knows a training
+framework, and a job holds all that is needed.
+"""
+
+from onnxport.pipeline.job import ExportJob, LiveReference
+from onnxport.pipeline.run import Pipeline
+
+__all__ = ["ExportJob", "LiveReference", "Pipeline"]

@@ -1,0 +1,232 @@
+"""From a job to everything the cores and the proof need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from onnxport._torch_compat import DEFAULT_OPSET, export_context
+from onnxport.config import PRECISIONS
+from onnxport.errors import ExportError, InputInferenceError
+from onnxport.exporter.base import ExportRequest
+from onnxport.exporter.flat import FlatModule
+from onnxport.exporter.module_state import evaluate, preserved_rng
+from onnxport.inputs.axes import AxisPlan, declared_axes, infer_axes
+from onnxport.inputs.naming import input_names, output_names
+from onnxport.inputs.resize import current_sizes, resize
+from onnxport.signature import ModelSignature, TensorSpec
+from onnxport.tree import Example, Spec, flatten
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onnxport.config import ExportOptions
+    from onnxport.pipeline.job import ExportJob, LiveReference
+
+__all__ = ["Plan", "make_plan", "run_flat"]
+
+Tensors = tuple[torch.Tensor, ...]
+
+_DTYPES = dict(
+    zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16, torch.float64), strict=True)
+)
+_EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
+"""Sizes of the batch while exporting: never 1, which exporters specialise; and none that another
+dim has, which they would tie to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A module in flat form, its calls, its signature and its axes."""
+
+    flat: FlatModule
+    calls: tuple[Tensors, ...]
+    signature: ModelSignature
+    axes: AxisPlan
+    warnings: tuple[str, ...]
+
+    def request(self, opset: int | None) -> ExportRequest:
+        """Return what the cores are asked for."""
+        return ExportRequest(
+            module=self.flat,
+            args=resize(self.calls[0], self.axes.inputs, self._export_sizes()),
+            input_names=tuple(spec.name for spec in self.signature.inputs),
+            output_names=tuple(spec.name for spec in self.signature.outputs),
+            input_axes=self.axes.inputs,
+            output_axes=self.axes.outputs,
+            opset=DEFAULT_OPSET if opset is None else opset,
+        )
+
+    def _export_sizes(self) -> dict[str, int]:
+        sizes = current_sizes(self.calls[0], self.axes.inputs)
+        specs = (*self.signature.inputs, *self.signature.outputs)
+        used = {size for spec in specs for size in spec.shape if isinstance(size, int)}
+        used |= {size for name, size in sizes.items() if name != self.axes.batch}
+        free = next((size for size in _EXPORT_SIZES if size not in used), max(used, default=1) + 1)
+        return sizes | ({self.axes.batch: free} if self.axes.batch is not None else {})
+
+
+def run_flat(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Tensors:
+    """Run a flat module as an export would see it: no gradients, no autocast, no fast path."""
+    with preserved_rng(), export_context():
+        return tuple(tensor.detach() for tensor in module(*tensors))
+
+
+def make_plan(job: ExportJob) -> Plan:
+    """Work out names, axes and signature of a job's module.
+
+    Raises:
+        InputInferenceError: If there is no example with a tensor.
+        ExportError: If the module does not run, is random in eval mode, or is not what the live
+            module is.
+    """
+    module = evaluate(job.module.get_submodule(job.target))
+    if job.reference is not None:
+        _compare_with_live(module, job.reference)
+    warnings = list(job.warnings)
+    dtype = _precision(module, job.options, warnings)
+    if dtype is not None:
+        module.to(dtype)
+    spec, paths, calls = _same_structure(job.examples, warnings)
+    if dtype is not None:
+        calls = tuple(tuple(_cast(tensor, dtype) for tensor in call) for call in calls)
+    flat = FlatModule(module, spec)
+    outputs = _first_run(flat, calls[0])
+    given = job.options.inputs
+    names = input_names(module.forward, paths, given.names)
+    out_names = output_names([path for path, _ in outputs], names, given.output_names)
+
+    def run(tensors: Tensors) -> Tensors:
+        return run_flat(flat, tensors)
+
+    if given.dynamic_axes is None:
+        axes = infer_axes(run, calls, names, out_names)
+    else:
+        axes = declared_axes(run, calls[0], names, out_names, given.dynamic_axes)
+    signature = ModelSignature(
+        inputs=_specs(names, calls[0], axes.inputs),
+        outputs=_specs(out_names, [tensor for _, tensor in outputs], axes.outputs),
+    )
+    return Plan(
+        flat=flat,
+        calls=calls,
+        signature=signature,
+        axes=replace(axes, warnings=()),
+        warnings=(*warnings, *axes.warnings),
+    )
+
+
+def _precision(
+    module: nn.Module, options: ExportOptions, warnings: list[str]
+) -> torch.dtype | None:
+    """Return the dtype to cast to, or ``None`` to leave the module as it is."""
+    if options.precision is not None:
+        return _DTYPES[options.precision]
+    if any(tensor.dtype is torch.bfloat16 for tensor in module.state_dict().values()):
+        # ONNX Runtime's CPU provider has almost no bfloat16 kernels.
+        warnings.append("The weights are bfloat16 and were exported as float32, exactly.")
+        return torch.float32
+    return None
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _same_structure(
+    examples: Sequence[Example], warnings: list[str]
+) -> tuple[Spec, list[tuple[object, ...]], tuple[Tensors, ...]]:
+    """Keep the examples that have the structure of the first; say which others were seen."""
+    flat = [flatten((example.args, dict(example.kwargs))) for example in examples]
+    flat = [(spec, found) for spec, found in flat if found]
+    if not flat:
+        raise InputInferenceError(
+            "No call of the model with a tensor was observed, so there is nothing to export it "
+            "with. Run at least one batch before the first checkpoint, set example_input_array on "
+            "the module, or give Inputs(example=...)."
+        )
+    spec, first = flat[0]
+    paths = [path for path, _ in first]
+    kind = [(path, tensor.dtype, tensor.ndim) for path, tensor in first]
+    calls = tuple(
+        tuple(tensor for _, tensor in found)
+        for other, found in flat
+        if repr(other) == repr(spec)
+        and [(path, tensor.dtype, tensor.ndim) for path, tensor in found] == kind
+    )
+    if len(calls) < len(flat):
+        warnings.append(
+            f"{len(flat) - len(calls)} observed calls had other arguments than the first one; the "
+            "model is exported for the arguments of the first."
+        )
+    return spec, paths, calls
+
+
+def _first_run(
+    flat: FlatModule, tensors: Tensors
+) -> list[tuple[tuple[object, ...], torch.Tensor]]:
+    """Run twice: the module must run, give tensors, and not be random."""
+    try:
+        with preserved_rng(), export_context():
+            first, second = flat.run_nested(tensors), flat.run_nested(tensors)
+    except Exception as error:
+        raise ExportError(
+            f"The module does not run in eval mode on an observed call: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not first:
+        raise ExportError("The module's result holds no tensor, so there is no output to export.")
+    if not all(_close(a, b, 1e-5) for (_, a), (_, b) in zip(first, second, strict=True)):
+        raise ExportError(
+            "The module stays random in eval mode: two runs on the same rows differ, so no model "
+            "could be compared with it. Look for F.dropout without training=self.training, "
+            "torch.rand or sampling in forward."
+        )
+    return first
+
+
+def _compare_with_live(module: nn.Module, reference: LiveReference) -> None:
+    spec, found = flatten((reference.example.args, dict(reference.example.kwargs)))
+    try:
+        outputs = run_flat(FlatModule(module, spec), [tensor for _, tensor in found])
+    except Exception as error:
+        raise ExportError(
+            f"The module runs in training but its copy does not: {type(error).__name__}: {error}. "
+            "Does forward use the trainer or other state outside of the module?"
+        ) from error
+    same = len(outputs) == len(reference.outputs) and all(
+        _close(ours, theirs, reference.rtol)
+        for ours, theirs in zip(outputs, reference.outputs, strict=False)
+    )
+    if not same:
+        raise ExportError(
+            "A copy of the module with the checkpoint's weights does not compute what the module "
+            "in training computes. Either it stays random in eval mode (F.dropout without "
+            "training=self.training, sampling), or forward depends on state outside of the module "
+            "(the trainer, the current epoch, a global)."
+        )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, rtol: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b) or rtol > 1e-3  # noqa: PLR2004 - another device breaks ties otherwise
+    scale = float(b.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
+
+
+def _specs(
+    names: Sequence[str], tensors: Sequence[torch.Tensor], axes: Sequence[Mapping[int, str]]
+) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(dims.get(axis, size) for axis, size in enumerate(tensor.shape)),
+        )
+        for name, tensor, dims in zip(names, tensors, axes, strict=True)
+    )

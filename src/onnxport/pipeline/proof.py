@@ -1,0 +1,241 @@
+"""The proof: which rows at which sizes, what PyTorch gives, and whether ONNX Runtime agrees."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from onnxport.errors import ExportError, VerificationError
+from onnxport.inputs.resize import current_sizes, negate, resize
+from onnxport.pipeline.plan import run_flat
+from onnxport.report import Check
+from onnxport.validation.budget import Reference, make_references
+from onnxport.validation.graph import check_graph
+from onnxport.validation.parity import compare
+from onnxport.validation.session import Session, resolve_providers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onnxport.config import Verify
+    from onnxport.exporter.flat import FlatModule
+    from onnxport.pipeline.plan import Plan
+
+__all__ = ["Case", "Proof"]
+
+logger = logging.getLogger(__name__)
+
+Tensors = tuple[torch.Tensor, ...]
+REAL, NEGATED = "real", "negated"
+SMALL_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One run to compare.
+
+    Args:
+        sizes: Size of each symbolic dimension.
+        rows: ``"real"`` or ``"negated"``: signs flipped, so that a branch on the data that was
+            baked in by tracing shows.
+        inputs: What is fed.
+        references: What each output should be.
+    """
+
+    sizes: Mapping[str, int]
+    rows: str
+    inputs: Tensors
+    references: tuple[Reference, ...]
+
+
+class Proof:
+    """Runs PyTorch once per case, then judges any number of models.
+
+    Args:
+        plan: The module and its axes.
+        verify: Sizes, tolerance and providers.
+
+    Attributes:
+        cases: The runs to compare.
+        warnings: Sizes that PyTorch itself refuses.
+
+    Raises:
+        ExportError: If PyTorch runs at none of the sizes.
+    """
+
+    def __init__(self, plan: Plan, verify: Verify) -> None:
+        self._plan = plan
+        self._verify = verify
+        self.warnings: list[str] = []
+        self.cases = self._make_cases()
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The widest budget of each output, in units of the output."""
+        names = [spec.name for spec in self._plan.signature.outputs]
+        return {
+            name: max(case.references[place].budget for case in self.cases)
+            for place, name in enumerate(names)
+        }
+
+    def judge(self, path: Path) -> tuple[tuple[Check, ...], int]:
+        """Prove a file.
+
+        Returns:
+            The checks, all passed, and the opset version of the file.
+
+        Raises:
+            VerificationError: At the first disagreement, with the checks so far.
+        """
+        opset = check_graph(path, self._plan.signature)
+        checks: tuple[Check, ...] = ()
+        for provider in resolve_providers(self._verify.providers):
+            session = Session(path, provider)
+            for case in self.cases:
+                check = self._check(session, case, checks)
+                checks = (*checks, check)
+                if not check.ok:
+                    raise VerificationError(_disagreement(check), checks)
+        return checks, opset
+
+    def _check(self, session: Session, case: Case, before: tuple[Check, ...]) -> Check:
+        signature = self._plan.signature
+        where = _where(case.sizes, case.rows)
+        try:
+            outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
+        except VerificationError as error:
+            raise VerificationError(f"At {where}, {error}", error.checks) from error
+        compared = tuple(
+            compare(spec.name, actual, reference)
+            for spec, actual, reference in zip(
+                signature.outputs, outputs, case.references, strict=True
+            )
+        )
+        return Check(
+            provider=session.provider,
+            sizes=dict(case.sizes),
+            rows=case.rows,
+            reference=case.references[0].source,
+            outputs=compared,
+            ok=all(output.ok for output in compared),
+        )
+
+    # --- cases ------------------------------------------------------------------------------
+
+    def _make_cases(self) -> tuple[Case, ...]:
+        wanted = list(self._wanted())
+        runs = [(rows, inputs, self._try(rows, inputs)) for rows, inputs in wanted]
+        kept = [(rows, inputs, run) for rows, inputs, run in runs if run is not None]
+        if not any(rows == REAL for rows, _, _ in kept):
+            raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
+        doubles = _run_double(self._plan.flat, [inputs for _, inputs, _ in kept])
+        references: list[list[Reference]] = [[] for _ in kept]
+        # Negated rows may be out of the module's domain: their rounding says nothing of real ones.
+        for rows in (REAL, NEGATED):
+            places = [place for place, case in enumerate(kept) if case[0] == rows]
+            made = make_references(
+                [kept[place][2] for place in places],
+                [doubles[place] for place in places],
+                self._verify.tolerance,
+            )
+            for place, reference in zip(places, made, strict=True):
+                references[place] = reference
+        axes = self._plan.axes.inputs
+        return tuple(
+            Case(
+                sizes=current_sizes(inputs, axes),
+                rows=rows,
+                inputs=inputs,
+                references=tuple(reference),
+            )
+            for (rows, inputs, _), reference in zip(kept, references, strict=True)
+        )
+
+    def _wanted(self) -> list[tuple[str, Tensors]]:
+        first, axes = self._plan.calls[0], self._plan.axes
+        wanted = [resize(first, axes.inputs, {axes.batch: n}) for n in self._batch_sizes()] or [first]
+        wanted += self._plan.calls[1:]
+        wanted += self._other_sizes()
+        small = resize(first, axes.inputs, {axes.batch: SMALL_BATCH} if axes.batch else {})
+        unique: dict[tuple[tuple[int, ...], ...], Tensors] = {}
+        for inputs in wanted:
+            unique.setdefault(tuple(tuple(tensor.shape) for tensor in inputs), inputs)
+        cases = [(REAL, inputs) for inputs in unique.values()]
+        has_floats = any(tensor.is_floating_point() for tensor in small)
+        return [*cases, (NEGATED, negate(small))] if has_floats else cases
+
+    def _batch_sizes(self) -> tuple[int, ...]:
+        batch = self._plan.axes.batch
+        if batch is None:
+            return ()
+        if self._verify.sizes is not None:
+            return self._verify.sizes
+        observed = self._affordable(current_sizes(self._plan.calls[0], self._plan.axes.inputs)[batch])
+        larger = max(observed, SMALL_BATCH) + 1
+        return (1, SMALL_BATCH, observed, larger + 1 - larger % 2)
+
+    def _affordable(self, size: int) -> int:
+        """Lower the observed batch size if one eager run of it would take too long."""
+        if size <= SMALL_BATCH:
+            return size
+        axes = self._plan.axes
+        small = resize(self._plan.calls[0], axes.inputs, {axes.batch or "": SMALL_BATCH})
+        start = time.perf_counter()
+        if self._try(REAL, small) is None:
+            return size
+        per_row = (time.perf_counter() - start) / SMALL_BATCH
+        most = int(self._verify.seconds_per_run / max(per_row, 1e-9))
+        if size > most:
+            self.warnings.append(f"Proven up to batch {max(most, 3)}, not {size}, to save time.")
+        return min(size, max(most, 3))
+
+    def _other_sizes(self) -> list[Tensors]:
+        """One more size of each dynamic axis that is not the batch, where PyTorch accepts it."""
+        axes, first = self._plan.axes, self._plan.calls[0]
+        sizes = current_sizes(first, axes.inputs)
+        others = [name for name in sizes if name != axes.batch]
+        shorter = [{name: max(sizes[name] - 1, 1)} for name in others]
+        candidates = [resize(first, axes.inputs, change) for change in shorter]
+        return [inputs for inputs in candidates if self._try(NEGATED, inputs) is not None]
+
+    def _try(self, rows: str, inputs: Tensors) -> Tensors | None:
+        try:
+            return run_flat(self._plan.flat, inputs)
+        except Exception as error:  # noqa: BLE001 - user code may refuse a size with any error
+            if rows == REAL:
+                where = _where(current_sizes(inputs, self._plan.axes.inputs), rows)
+                self.warnings.append(f"PyTorch itself refuses {where}: {type(error).__name__}.")
+            logger.debug("eager run refused", exc_info=True)
+            return None
+
+
+def _run_double(flat: FlatModule, inputs: Sequence[Tensors]) -> list[Tensors | None]:
+    """Run the same rows in float64; ``None`` where the module does not run so."""
+    try:
+        double = copy.deepcopy(flat).double()
+        return [
+            run_flat(double, [t.double() if t.is_floating_point() else t for t in tensors])
+            for tensors in inputs
+        ]
+    except Exception:  # noqa: BLE001 - forward may create float32 tensors and mix dtypes
+        logger.debug("the module does not run in float64", exc_info=True)
+        return [None] * len(inputs)
+
+
+def _where(sizes: Mapping[str, int], rows: str) -> str:
+    text = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "the observed sizes"
+    return f"{text} ({rows} rows)" if rows != REAL else text
+
+
+def _disagreement(check: Check) -> str:
+    wrong = [f"output {output.name!r} {output.reason}" for output in check.outputs if not output.ok]
+    return (
+        f"ONNX Runtime ({check.provider}) and PyTorch disagree at "
+        f"{_where(check.sizes, check.rows)}: {'; '.join(wrong)}."
+    )

@@ -1,0 +1,186 @@
+"""From a job to a published model and a report; never an exception for a model that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+
+from onnxport.errors import OnnxportError
+from onnxport.exporter.ladder import climb, rungs
+from onnxport.exporter.writer import (
+    publish,
+    remove_model,
+    report_path,
+    staging,
+    write_model,
+    write_text,
+)
+from onnxport.pipeline.plan import make_plan
+from onnxport.pipeline.proof import Proof
+from onnxport.report import ExportReport
+from onnxport.validation.session import runtime_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+
+    from onnxport.exporter.base import Core
+    from onnxport.pipeline.job import ExportJob
+    from onnxport.pipeline.plan import Plan
+    from onnxport.report import Check
+
+__all__ = ["Pipeline", "read_report", "save_report"]
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """Exports one module after the other and remembers which core won."""
+
+    def __init__(self) -> None:
+        self._winner: Core | None = None
+
+    def run(self, job: ExportJob) -> ExportReport:
+        """Export, prove and publish.
+
+        Returns:
+            The report, also written beside the model as ``<name>.onnx.json``. If there is no proven
+            model, ``ok`` is false, ``error`` says why, and an older model of this name is gone.
+        """
+        draft = _draft(job)
+        seconds: dict[str, float] = {}
+        try:
+            report = self._run(job, draft, seconds)
+        except OnnxportError as error:
+            report = replace(draft, error=str(error))
+        except Exception as error:  # user code runs in here; the error is reported, see below
+            logger.exception("Exporting %s failed unexpectedly", job.path)
+            report = replace(draft, error=f"{type(error).__name__}: {error}")
+        report = replace(report, seconds={key: round(value, 4) for key, value in seconds.items()})
+        if not report.ok:
+            _discard_stale(job.path)
+        save_report(report, job.path)
+        return report
+
+    def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
+        with _timed(seconds, "plan"):
+            plan = make_plan(job)
+        with _timed(seconds, "reference"):
+            proof = Proof(plan, job.options.verify)
+        draft = replace(
+            draft,
+            inputs=plan.signature.inputs,
+            outputs=plan.signature.outputs,
+            evidence=plan.axes.evidence,
+            warnings=(*plan.warnings, *proof.warnings),
+        )
+        opset: int | None = None
+        with staging(job.path) as staged:
+
+            def prove(core: Core, model: ir.Model) -> tuple[Check, ...]:
+                nonlocal opset
+                prefix = f"{job.target}." if job.target else ""
+                with _timed(seconds, "write"):
+                    write_model(model, staged, _metadata(job, plan, proof, core), prefix)
+                with _timed(seconds, "prove"):
+                    checks, opset = proof.judge(staged)
+                return checks
+
+            ladder = rungs(job.options.core, self._winner)
+            with _timed(seconds, "export"):
+                winner, attempts, checks = climb(ladder, plan.request(job.options.opset), prove)
+            seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0)
+            draft = replace(draft, attempts=attempts, checks=checks)
+            if winner is None:
+                return replace(draft, error=_no_core(draft))
+            with _timed(seconds, "publish"):
+                publish(staged, job.path)
+        self._winner = winner
+        return replace(draft, ok=True, path=str(job.path), core=winner.name, opset=opset)
+
+
+def _draft(job: ExportJob) -> ExportReport:
+    origin = job.provenance
+    return ExportReport(
+        ok=False,
+        checkpoint=origin.checkpoint,
+        epoch=origin.epoch,
+        global_step=origin.global_step,
+        metrics=origin.metrics,
+        weights_sha256=job.weights_sha256,
+        target=job.target,
+        warnings=job.warnings,
+    )
+
+
+def _metadata(job: ExportJob, plan: Plan, proof: Proof, core: Core) -> dict[str, object]:
+    """What the file itself says about where it comes from."""
+    from onnxport import __version__
+
+    specs = (*plan.signature.inputs, *plan.signature.outputs)
+    known: dict[str, Any] = {
+        "version": __version__,
+        "checkpoint": Path(job.provenance.checkpoint).name if job.provenance.checkpoint else None,
+        "weights_sha256": job.weights_sha256,
+        "epoch": job.provenance.epoch,
+        "global_step": job.provenance.global_step,
+        "metrics": {key: repr(value) for key, value in job.provenance.metrics.items()},
+        "target": job.target or None,
+        "core": core.name,
+        "dynamic_axes": {spec.name: spec.dynamic_axes for spec in specs if spec.dynamic_axes},
+        "error_budget": proof.budgets,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": runtime_version(),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _no_core(report: ExportReport) -> str:
+    tried = "; ".join(
+        f"{attempt.core}{f' ({attempt.variant})' if attempt.variant else ''}: {attempt.reason}"
+        for attempt in report.attempts
+    )
+    return f"No core produced a model that passed the proof. {tried}"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def read_report(path: Path) -> ExportReport | None:
+    """Read the report beside a model; ``None`` if there is none of ours."""
+    try:
+        return ExportReport.from_json(report_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def save_report(report: ExportReport, path: Path) -> None:
+    """Write the report beside the model; a disk that does not take it is logged."""
+    try:
+        write_text(report_path(path), report.to_json())
+    except OnnxportError as error:
+        logger.warning("The report of %s was not written: %s", path, error)
+
+
+def _discard_stale(path: Path) -> None:
+    """Remove an older model of ours: it would hold other weights than its checkpoint."""
+    if read_report(path) is not None:
+        try:
+            remove_model(path)
+        except OSError as error:
+            logger.warning("%s holds older weights and was not removed: %s", path, error)

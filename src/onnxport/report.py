@@ -1,0 +1,255 @@
+"""What happened, as values: attempts, checks and the report, with a JSON round trip."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from onnxport.signature import TensorSpec
+
+__all__ = [
+    "Attempt",
+    "AxisEvidence",
+    "Check",
+    "ExportReport",
+    "OutputError",
+    "Provenance",
+    "TrackingRecord",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where a model comes from.
+
+    Args:
+        checkpoint: Path of the checkpoint, or ``None`` when there is none.
+        epoch: ``current_epoch`` at the time of saving.
+        global_step: Number of optimizer steps taken.
+        metrics: Metrics at the time of saving.
+        monitor: Name of the metric that decides which checkpoint is best, or ``None``.
+        mode: ``"min"`` or ``"max"`` for that metric.
+    """
+
+    checkpoint: str | None = None
+    epoch: int | None = None
+    global_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One try of one core.
+
+    Args:
+        core: ``"dynamo"``, ``"trace"`` or ``"script"``.
+        variant: How the core was asked, in a word or two, or ``""``.
+        ok: Whether its model passed the proof.
+        reason: Why not, in words, with the operator and the user's own line where known.
+        seconds: Duration, proof included.
+    """
+
+    core: str
+    variant: str = ""
+    ok: bool
+    reason: str = ""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputError:
+    """How far one output of ONNX Runtime is from PyTorch's.
+
+    Args:
+        name: Name of the output.
+        max_abs_error: Largest absolute difference from the float64 reference (or from PyTorch's
+            own output where there is none), in units of the output.
+        budget: What it may be.
+        ok: ``max_abs_error <= budget``, and equal shapes, dtypes and places of NaN and infinity.
+        reason: Why not, in words.
+    """
+
+    name: str
+    max_abs_error: float
+    budget: float
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One run of the model in ONNX Runtime, compared with PyTorch.
+
+    Args:
+        provider: Execution provider that ran it.
+        sizes: Size of each symbolic dimension.
+        rows: What was fed: ``"real"`` rows of a real batch, or these rows ``"negated"``.
+        reference: ``"float64"``, or ``"table"`` where the module does not run in float64.
+        outputs: One comparison per output, in graph order.
+        ok: Whether all outputs agreed.
+    """
+
+    provider: str
+    sizes: dict[str, int]
+    rows: str
+    reference: str
+    outputs: tuple[OutputError, ...]
+    ok: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AxisEvidence:
+    """Why an axis is dynamic."""
+
+    dim: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingRecord:
+    """What a tracking server holds of a model.
+
+    Args:
+        uri: Address of the server or database.
+        run_id: The run.
+        experiment_id: Its experiment.
+        model_id: The logged model, or ``None``.
+        registered_name: Name in the registry, or ``None``.
+        version: Version in the registry, or ``None``.
+        alias: The alias that was moved to this version, or ``None``.
+        missing: What could not be done, and why; ``""`` when nothing is missing.
+    """
+
+    uri: str
+    run_id: str | None = None
+    experiment_id: str | None = None
+    model_id: str | None = None
+    registered_name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What became of one checkpoint.
+
+    Args:
+        ok: Whether a proven model was published.
+        path: The model, or ``None``.
+        core: The core that won: ``"dynamo"``, ``"trace"`` or ``"script"``.
+        how: ``"export"``: captured and translated from the module.
+        checkpoint: Path of the checkpoint.
+        epoch: ``current_epoch`` at the time of saving.
+        global_step: Number of optimizer steps taken.
+        metrics: Metrics at the time of saving.
+        weights_sha256: Hash of the checkpoint's ``state_dict``, see
+            :func:`onnxport.exporter.weights.weights_sha256`.
+        target: What was exported: ``""`` for the whole module, else the name of a submodule.
+        inputs: Name, dtype and shape of each input.
+        outputs: Name, dtype and shape of each output.
+        dynamic_axes: Tensor name -> axis -> name of the symbolic dimension.
+        evidence: Why each symbolic dimension is one.
+        opset: ONNX opset version.
+        attempts: One per try of a core, in order.
+        checks: The proof.
+        warnings: What the user should know.
+        seconds: Duration of each stage.
+        error: Why there is no model, or ``None``.
+        tracking: What the tracking server holds, or ``None``.
+
+    Example:
+        >>> report = ExportReport(ok=False, error="No batch was seen.")
+        >>> ExportReport.from_json(report.to_json()) == report
+        True
+    """
+
+    ok: bool
+    path: str | None = None
+    core: str | None = None
+    how: Literal["export", "refresh"] = "export"
+    checkpoint: str | None = None
+    epoch: int | None = None
+    global_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights_sha256: str | None = None
+    target: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    evidence: tuple[AxisEvidence, ...] = ()
+    opset: int | None = None
+    attempts: tuple[Attempt, ...] = ()
+    checks: tuple[Check, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    tracking: TrackingRecord | None = None
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Tensor name -> axis -> name of the symbolic dimension."""
+        axes = {spec.name: spec.dynamic_axes for spec in (*self.inputs, *self.outputs)}
+        return {name: dims for name, dims in axes.items() if dims}
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """The largest error of any output in any check, or ``None`` without checks."""
+        errors = [output.max_abs_error for check in self.checks for output in check.outputs]
+        return max(errors, default=None)
+
+    def with_tracking(self, record: TrackingRecord) -> ExportReport:
+        """Return the same report with what the tracking server holds."""
+        return replace(self, tracking=record)
+
+    def to_json(self) -> str:
+        """Return strict JSON; numbers that are not finite are written as strings."""
+        data = asdict(self) | {"dynamic_axes": self.dynamic_axes}
+        return json.dumps(_encode(data), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ExportReport:
+        """Read what :meth:`to_json` wrote."""
+        data = json.loads(text)
+        data.pop("dynamic_axes", None)
+        tracking = data.pop("tracking", None)
+        return cls(
+            **data
+            | {
+                "metrics": {key: float(value) for key, value in data["metrics"].items()},
+                "inputs": tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),
+                "outputs": tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
+                "evidence": tuple(AxisEvidence(**item) for item in data["evidence"]),
+                "attempts": tuple(Attempt(**attempt) for attempt in data["attempts"]),
+                "checks": tuple(_check(check) for check in data["checks"]),
+                "warnings": tuple(data["warnings"]),
+                "tracking": None if tracking is None else TrackingRecord(**tracking),
+            }
+        )
+
+
+def _check(data: dict[str, Any]) -> Check:
+    outputs = tuple(
+        OutputError(
+            **output
+            | {
+                "max_abs_error": float(output["max_abs_error"]),
+                "budget": float(output["budget"]),
+            }
+        )
+        for output in data["outputs"]
+    )
+    return Check(**data | {"outputs": outputs})
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):  # noqa: PLR0124
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Bring proven models to a tracking server."""

@@ -1,0 +1,356 @@
+"""MLflow: one logged model per proven checkpoint, versions and an alias in the registry.
+
+Only ``MlflowClient`` is used: the fluent API would end the trainer's run, or log to experiment 0.
+Each step looks before it creates, so that it can be repeated after any failure; a model becomes
+READY only when all its files are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from onnxport._optional import optional_import
+from onnxport.errors import TrackingError
+from onnxport.report import TrackingRecord
+from onnxport.tracking.package import model_files_in_order, package_model
+from onnxport.tracking.promotion import TAG_PREFIX, is_better, read_score, score_of, score_tags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnxport.report import ExportReport, Provenance
+    from onnxport.tracking.base import RunAddress
+
+__all__ = ["MlflowTracker", "require_mlflow"]
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 0.7
+"""How long a server may take to answer before it counts as down; waited for at most twice a fit."""
+_ENVIRONMENT = {
+    # Seconds, not the default 247 s; and no retries of creates, which would duplicate models.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def require_mlflow() -> None:
+    """Fail early when MLflow is not installed.
+
+    Raises:
+        MissingDependencyError: With the command that installs it.
+    """
+    with optional_import(extra="mlflow", needed_for="MLflow tracking"):
+        import mlflow  # noqa: F401
+
+
+class MlflowTracker:
+    """Publishes to one run.
+
+    Args:
+        address: Which run; one is started at the first model when there is none.
+    """
+
+    def __init__(self, address: RunAddress) -> None:
+        self._address = address
+        self._started_run = False
+        self._down: str | None = None
+
+    def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
+        """Bring one proven model to the server; never raises.
+
+        Once the server was found down, later calls return at once; at the end (``last``) it is
+        asked once more.
+        """
+        record = report.tracking or TrackingRecord(uri=self._address.uri)
+        if self._down is not None and not last:
+            return replace(record, missing=self._down)
+        try:
+            self._require_reachable()
+            with _fail_fast():
+                record = self._publish(report, origin, last=last)
+        except Exception as error:  # noqa: BLE001 - MLflow, its store and its transport raise anything
+            what = "the logged model, its metrics and its version"
+            self._down = f"{what} are missing from {self._address.uri}: {_first_line(error)}"
+            logger.warning("Tracking %s: %s", report.path, self._down)
+            return replace(record, missing=self._down)
+        self._down = None
+        return record
+
+    def close(self, *, failed: bool) -> None:
+        """End the run if it is ours; the run of a logger is never touched."""
+        if not self._started_run or self._address.run_id is None or self._down is not None:
+            return
+        try:
+            with _fail_fast():
+                _client(self._address.uri).set_terminated(
+                    self._address.run_id, "FAILED" if failed else "FINISHED"
+                )
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.warning("The MLflow run was not ended: %s", _first_line(error))
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _require_reachable(self) -> None:
+        """Ask an http server for a sign of life before any call that could block for minutes."""
+        if urlsplit(self._address.uri).scheme not in {"http", "https"}:
+            return
+        url = f"{self._address.uri.rstrip('/')}/health"
+        try:
+            urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S).close()  # noqa: S310 - http(s) only
+        except urllib.error.HTTPError:
+            return  # it answers, be it that it has no such page or wants a password
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise TrackingError(f"the server does not answer ({reason})") from error
+
+    def _publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
+        client = _client(self._address.uri)
+        run_id, experiment_id = self._run(client)
+        logged = self._logged_model(client, report, origin, run_id, experiment_id)
+        record = TrackingRecord(
+            uri=self._address.uri,
+            run_id=run_id,
+            experiment_id=experiment_id,
+            model_id=logged.model_id,
+        )
+        return self._register(client, record, logged, report, origin, last=last)
+
+    def _run(self, client: Any) -> tuple[str, str]:
+        address = self._address
+        if address.run_id is None or address.experiment_id is None:
+            name = address.options.experiment
+            found = client.get_experiment_by_name(name)
+            if found is not None:
+                experiment_id = found.experiment_id
+            else:
+                experiment_id = client.create_experiment(name, address.artifact_root)
+            run_id = client.create_run(experiment_id).info.run_id
+            self._started_run = True
+            self._address = replace(address, run_id=run_id, experiment_id=experiment_id)
+            return str(run_id), str(experiment_id)
+        return address.run_id, address.experiment_id
+
+    def _logged_model(
+        self,
+        client: Any,
+        report: ExportReport,
+        origin: Provenance,
+        run_id: str,
+        experiment_id: str,
+    ) -> Any:
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        key = _key(report, run_id)
+        found = client.search_logged_models(
+            [experiment_id], filter_string=f"tags.`{TAG_PREFIX}key` = '{key}'"
+        )
+        found = sorted(found, key=lambda model: model.status != LoggedModelStatus.READY)
+        logged = (
+            found[0]
+            if found
+            else client.create_logged_model(
+                experiment_id,
+                name=_legal_name(report),
+                source_run_id=run_id,
+                model_type="onnx",
+                params=_params(report),
+                tags=_tags(report, origin) | {f"{TAG_PREFIX}key": key},
+            )
+        )
+        if logged.status == LoggedModelStatus.READY:
+            return logged
+        step = report.global_step or 0
+        with _already_there_is_fine():
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=step)])
+        with tempfile.TemporaryDirectory(prefix="onnxport-") as temporary:
+            folder = Path(temporary) / "model"
+            package_model(report, folder, logged, run_id)
+            for file in model_files_in_order(folder):
+                client.log_model_artifact(logged.model_id, str(file))
+        client.log_batch(run_id, metrics=self._metrics(report, logged.model_id, step))
+        return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+    def _metrics(self, report: ExportReport, model_id: str, step: int) -> list[Any]:
+        """The checkpoint's metrics, on the chart point that the logger wrote, and our own.
+
+        Lightning logs at ``global_step - 1`` what belongs to the checkpoint of ``global_step``.
+        """
+        from mlflow.entities import Metric
+
+        own = {
+            "onnx/max_abs_error": report.max_abs_error or 0.0,
+            "onnx/size_mb": Path(str(report.path)).stat().st_size / 2**20,
+            "onnx/export_s": sum(report.seconds.values()),
+        }
+        prefix = self._address.metric_prefix
+        logged = {_metric_key(prefix + key): value for key, value in report.metrics.items()}
+        now = int(time.time() * 1000)
+        return [
+            Metric(key, value, now, max(step - 1, 0), model_id=model_id)
+            for key, value in (logged | own).items()
+        ]
+
+    def _register(
+        self,
+        client: Any,
+        record: TrackingRecord,
+        logged: Any,
+        report: ExportReport,
+        origin: Provenance,
+        *,
+        last: bool,
+    ) -> TrackingRecord:
+        options = self._address.options
+        if options.register is None or (options.policy == "end" and not last):
+            return record
+        score = score_of(origin)
+        champion = _champion(client, options.register, options.alias)
+        better = is_better(
+            score, None if champion is None else read_score(champion.tags), options.min_delta
+        )
+        key = _key(report, logged.source_run_id)
+        version = _existing_version(client, options.register, key)
+        if version is None and not better and options.policy != "all":
+            return replace(record, registered_name=options.register)
+        if version is None:
+            tags = _tags(report, origin) | {f"{TAG_PREFIX}key": key}
+            version = _create_version(client, options.register, logged, tags)
+        holds_alias = champion is not None and int(champion.version) == version
+        if better and not holds_alias:
+            client.set_registered_model_alias(options.register, options.alias, str(version))
+        return replace(
+            record,
+            registered_name=options.register,
+            version=version,
+            alias=options.alias if better or holds_alias else None,
+        )
+
+
+def _client(uri: str) -> Any:
+    with optional_import(extra="mlflow", needed_for="MLflow tracking"):
+        from mlflow import MlflowClient
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _fail_fast() -> Iterator[None]:
+    """Bound how long MLflow's client may block; it reads these settings at each call."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _already_there_is_fine() -> Iterator[None]:
+    """Let a repeated step pass: the store refuses the second one as a duplicate."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = str(error).lower()
+        if not any(word in text for word in ("unique", "duplicate", "already exists")):
+            raise
+
+
+def _champion(client: Any, name: str, alias: str) -> Any:
+    """Return the version that has the alias, or ``None``."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        # A missing model is RESOURCE_DOES_NOT_EXIST, a missing alias INVALID_PARAMETER_VALUE.
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            return None
+        raise
+
+
+def _existing_version(client: Any, name: str, key: str) -> int | None:
+    found = client.search_model_versions(f"name = '{_quoted(name)}' and tags.`{TAG_PREFIX}key` = '{key}'")
+    return min((int(version.version) for version in found), default=None)
+
+
+def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -> int:
+    with _already_there_is_fine():
+        client.create_registered_model(name)
+    # The artifacts' own address, not models:/<id>: the latter is resolved through the process's
+    # global tracking URI on a database store (mlflow 3.17).
+    version = client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=logged.source_run_id,
+        model_id=logged.model_id,
+        tags=tags,
+        await_creation_for=0,
+    )
+    return int(version.version)
+
+
+def _key(report: ExportReport, run_id: str) -> str:
+    return f"{run_id}:{report.global_step}:{_stem(report)}:{(report.weights_sha256 or '')[:16]}".replace("'", "_")
+
+
+def _stem(report: ExportReport) -> str:
+    return Path(str(report.path)).stem
+
+
+def _legal_name(report: ExportReport) -> str:
+    return re.sub(r"""[/:.%"']""", "_", _stem(report))
+
+
+def _quoted(name: str) -> str:
+    return name.replace("'", "''")
+
+
+def _metric_key(key: str) -> str:
+    """Clean a key as Lightning's ``MLFlowLogger`` does, so that both meet."""
+    return re.sub(r"[^a-zA-Z0-9_/. -]+", "", key)
+
+
+def _params(report: ExportReport) -> dict[str, str]:
+    known = {
+        "core": report.core,
+        "opset": report.opset,
+        "epoch": report.epoch,
+        "global_step": report.global_step,
+        "dynamic_axes": report.dynamic_axes,
+    }
+    return {key: str(value) for key, value in known.items() if value is not None}
+
+
+def _tags(report: ExportReport, origin: Provenance) -> dict[str, str]:
+    known = {
+        "validated": "true",
+        "checkpoint": Path(report.checkpoint).name if report.checkpoint else None,
+        "weights_sha256": report.weights_sha256,
+        "providers": ",".join(sorted({check.provider for check in report.checks})),
+        "max_abs_error": report.max_abs_error,
+    }
+    tags = {f"{TAG_PREFIX}{key}": str(value) for key, value in known.items() if value is not None}
+    return tags | score_tags(score_of(origin))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""Which version deserves the alias: a pure comparison of tags."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnxport.report import Provenance
+
+__all__ = ["TAG_PREFIX", "Score", "is_better", "score_of", "score_tags"]
+
+TAG_PREFIX = "onnxport."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a version is judged by.
+
+    Args:
+        metric: Name of the monitored metric; ``""``: none, the newest model is the best.
+        mode: ``"min"`` or ``"max"``.
+        value: The metric's value; not finite when it is unknown.
+    """
+
+    metric: str = ""
+    mode: str = "min"
+    value: float = math.nan
+
+
+def score_of(origin: Provenance) -> Score:
+    """Return the score of a checkpoint."""
+    if origin.monitor is None:
+        return Score()
+    value = origin.metrics.get(origin.monitor, math.nan)
+    return Score(metric=origin.monitor, mode=origin.mode, value=value)
+
+
+def score_tags(score: Score) -> dict[str, str]:
+    """Write a score as tags."""
+    return {
+        f"{TAG_PREFIX}metric.name": score.metric,
+        f"{TAG_PREFIX}metric.mode": score.mode,
+        f"{TAG_PREFIX}metric.value": repr(score.value),
+    }
+
+
+def read_score(tags: Mapping[str, str]) -> Score:
+    """Read a score from tags; without them nothing is known."""
+    try:
+        value = float(tags.get(f"{TAG_PREFIX}metric.value", "nan"))
+    except ValueError:
+        value = math.nan
+    return Score(
+        metric=tags.get(f"{TAG_PREFIX}metric.name", ""),
+        mode=tags.get(f"{TAG_PREFIX}metric.mode", "min"),
+        value=value,
+    )
+
+
+def is_better(candidate: Score, champion: Score | None, min_delta: float = 0.0) -> bool:
+    """Tell whether a candidate may take the alias.
+
+    Args:
+        candidate: Score of a proven model.
+        champion: Score of the version that has the alias; ``None``: nobody has it.
+        min_delta: By how much it must be better, in units of the metric.
+
+    Returns:
+        With a metric: its value is finite and better than the champion's in the same metric and
+        mode. Without: the champion has no metric either, so the newer one wins.
+
+    Example:
+        >>> better = Score(metric="acc", mode="max", value=0.9)
+        >>> worse = Score(metric="acc", mode="max", value=0.8)
+        >>> is_better(better, worse), is_better(worse, better)
+        (True, False)
+    """
+    if not candidate.metric:
+        return champion is None or not champion.metric
+    if not math.isfinite(candidate.value):
+        return False
+    if champion is None:
+        return True
+    if (candidate.metric, candidate.mode) != (champion.metric, champion.mode):
+        return False  # not comparable: a person decides
+    if not math.isfinite(champion.value):
+        return True
+    gain = candidate.value - champion.value
+    return (gain if candidate.mode == "max" else -gain) > min_delta

@@ -1,0 +1,121 @@
+"""How far ONNX Runtime may be from PyTorch: an error budget that is measured, not guessed.
+
+PyTorch runs in float64 on the same rows. Its own float32 result is some distance from that, which
+is what rounding costs this network on these rows; ONNX Runtime, which rounds in another order, may
+be a small factor further away. A network that amplifies rounding gets a wide budget, a plain one a
+narrow one, and a wrong weight fits in neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onnxport.config import Tolerance
+
+__all__ = ["Reference", "make_references"]
+
+FLOOR_EPS = 32
+"""The least budget, in units of the dtype's epsilon at the largest value of the output: PyTorch's
+own error may be smaller than usual by luck when there are few elements."""
+
+TABLE_EPS = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Relative to the output's largest value, where the module does not run in float64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What one output should be.
+
+    Args:
+        expected: PyTorch's output, for shape and dtype.
+        exact: The float64 output where there is one, else ``expected``.
+        budget: Allowed largest absolute distance from ``exact``, in units of the output.
+        source: ``"float64"`` or ``"table"``.
+    """
+
+    expected: torch.Tensor
+    exact: torch.Tensor
+    budget: float
+    source: str
+
+
+def make_references(
+    runs: Sequence[Sequence[torch.Tensor]],
+    doubles: Sequence[Sequence[torch.Tensor] | None],
+    tolerance: Tolerance,
+) -> list[list[Reference]]:
+    """Make the references of several runs of one module.
+
+    PyTorch's relative error is pooled over the runs: one with few elements may be lucky.
+
+    Args:
+        runs: Outputs of each run, in the module's own precision.
+        doubles: Outputs of the same run in float64; ``None`` where it does not run so.
+        tolerance: Factor of the budget, or a tolerance that replaces it.
+
+    Returns:
+        For each run, one reference per output.
+    """
+    noise = _pooled_noise(runs, doubles)
+    return [
+        [
+            _reference(out, None if double is None else double[place], noise[place], tolerance)
+            for place, out in enumerate(run)
+        ]
+        for run, double in zip(runs, doubles, strict=True)
+    ]
+
+
+def _pooled_noise(
+    runs: Sequence[Sequence[torch.Tensor]], doubles: Sequence[Sequence[torch.Tensor] | None]
+) -> list[float]:
+    """For each output, the largest error of PyTorch in any run, relative to the largest value."""
+    count = max((len(run) for run in runs), default=0)
+    noise = [0.0] * count
+    for run, double in zip(runs, doubles, strict=True):
+        for place, (out, exact) in enumerate(zip(run, double or (), strict=False)):
+            if out.shape == exact.shape:
+                scale = _scale(exact)
+                error = _max_error(out, exact)
+                noise[place] = max(noise[place], error / scale if scale else 0.0)
+    return noise
+
+
+def _reference(
+    out: torch.Tensor, double: torch.Tensor | None, noise: float, tolerance: Tolerance
+) -> Reference:
+    usable = double is not None and double.shape == out.shape
+    exact = double if usable and double is not None else out
+    scale = _scale(exact)
+    source = "float64" if usable else "table"
+    if tolerance.atol is not None or tolerance.rtol is not None:
+        budget = (tolerance.atol or 0.0) + (tolerance.rtol or 0.0) * scale
+    elif not out.is_floating_point():
+        budget = _max_error(out, exact)  # an argmax that float64 decides otherwise is a tie
+    elif not usable or noise < torch.finfo(out.dtype).eps / 64:
+        # No float64 error at all over many values: the module computes in its own precision.
+        budget = TABLE_EPS.get(out.dtype, 1e-3) * scale
+        source = "table" if not usable else source
+    else:
+        eps = torch.finfo(out.dtype).eps
+        budget = (tolerance.factor * noise + FLOOR_EPS * eps) * scale
+    return Reference(expected=out, exact=exact, budget=budget, source=source)
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    wide = tensor.to(torch.float64) if not tensor.is_complex() else tensor.abs().to(torch.float64)
+    return wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    return float(_finite(tensor).abs().max()) if tensor.numel() else 0.0
+
+
+def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((_finite(a) - _finite(b)).abs().max()) if a.numel() else 0.0

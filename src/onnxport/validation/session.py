@@ -1,0 +1,169 @@
+"""ONNX Runtime: which execution providers really run, and a session that says what it got."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from onnxport._optional import optional_import
+from onnxport.errors import VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from onnxport.report import Check
+
+__all__ = ["CPU", "Session", "require_runtime", "resolve_providers", "runtime_version"]
+
+CPU = "CPUExecutionProvider"
+_ACCELERATORS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CoreMLExecutionProvider")
+_QUIET = 4
+"""ONNX Runtime's log severity "fatal": what matters is raised or returned."""
+
+logger = logging.getLogger(__name__)
+
+
+def _runtime() -> Any:
+    with optional_import(extra="ort", needed_for="Proving a model"):
+        import onnxruntime
+    return onnxruntime
+
+
+def require_runtime() -> None:
+    """Fail early when ONNX Runtime is not installed.
+
+    Raises:
+        MissingDependencyError: With the command that installs it.
+    """
+    _runtime()
+
+
+def runtime_version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(_runtime().__version__)
+
+
+def resolve_providers(wanted: Literal["auto"] | Sequence[str]) -> tuple[str, ...]:
+    """Return the execution providers to prove on.
+
+    Args:
+        wanted: ``"auto"``: CPU and each accelerator provider that can really run a graph here;
+            or names, which are taken as they are (a session that cannot use one fails).
+    """
+    if wanted != "auto":
+        return tuple(wanted)
+    available = _runtime().get_available_providers()
+    return (CPU, *(name for name in _ACCELERATORS if name in available and _really_runs(name)))
+
+
+@lru_cache
+def _really_runs(provider: str) -> bool:
+    """Run a one-node graph: a listed provider may lack its device or libraries."""
+    import onnx
+
+    shape = [1]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "x"], ["y"])],
+        "probe",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    try:
+        session = Session(model.SerializeToString(), provider)
+        session.run(("x",), (torch.ones(1),))
+    except Exception as error:  # noqa: BLE001 - each provider fails in its own way
+        logger.info("%s is listed by ONNX Runtime but does not run here: %s", provider, error)
+        return False
+    return True
+
+
+class Session:
+    """A model loaded in ONNX Runtime on one provider.
+
+    Args:
+        model: Path or serialised bytes of the model.
+        provider: Execution provider, which must really be used.
+
+    Raises:
+        VerificationError: If the model does not load, or another provider is used instead.
+    """
+
+    def __init__(self, model: Path | bytes, provider: str = CPU) -> None:
+        ort = _runtime()
+        options = ort.SessionOptions()
+        options.log_severity_level = _QUIET
+        providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
+        try:
+            self._session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=providers
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common public base
+            raise VerificationError(f"ONNX Runtime does not load the model: {error}") from error
+        used = self._session.get_providers()
+        if provider not in used:
+            raise VerificationError(
+                f"ONNX Runtime was asked for {provider} and uses {', '.join(used)} instead. "
+                "Install the ONNX Runtime package for this device, or ask for other providers."
+            )
+        self.provider = provider
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs that the graph really has, in order."""
+        return tuple(node.name for node in self._session.get_inputs())
+
+    def run(
+        self, names: Sequence[str], tensors: Sequence[torch.Tensor], checks: tuple[Check, ...] = ()
+    ) -> list[torch.Tensor]:
+        """Run once.
+
+        Args:
+            names: Name of each tensor; those that the graph does not have are left out.
+            tensors: The inputs.
+            checks: Checks made so far, for the error.
+
+        Raises:
+            VerificationError: If ONNX Runtime fails.
+        """
+        wanted = set(self.input_names)
+        feeds = {
+            name: self._ort_value(tensor)
+            for name, tensor in zip(names, tensors, strict=True)
+            if name in wanted
+        }
+        try:
+            values = self._session.run_with_ort_values(None, feeds)
+        except Exception as error:  # ONNX Runtime's exceptions have no common public base
+            raise VerificationError(f"ONNX Runtime fails: {_short(error)}", checks) from error
+        return [_to_torch(value) for value in values]
+
+    def _ort_value(self, tensor: torch.Tensor) -> Any:
+        ort = _runtime()
+        if tensor.dtype is torch.bfloat16:
+            raw = tensor.contiguous().view(torch.int16).numpy()
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
+        return ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+
+
+def _exact(provider: str) -> dict[str, str]:
+    # TF32 keeps 10 bits of the mantissa: the proof is about the graph, not about that choice.
+    return {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
+
+
+def _to_torch(value: Any) -> torch.Tensor:
+    if value.element_type() == 16:  # noqa: PLR2004 - TensorProto.BFLOAT16, which numpy lacks
+        raw = torch.from_dlpack(value._ortvalue.to_dlpack())  # noqa: SLF001
+        return raw.clone()
+    array = np.array(value.numpy(), copy=True)
+    return torch.from_numpy(array.reshape(-1)).reshape(array.shape)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
