@@ -60,7 +60,10 @@ def captured_output() -> Iterator[None]:
     A failed TorchScript export prints its whole graph to file descriptor 1 from C++, and dynamo
     logs the code that it gave up on. What is printed in the block goes to the debug log.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as sink, ExitStack() as stack:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as sink,
+        ExitStack() as stack,
+    ):
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
             saved = os.dup(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from onnxport.tree import Example, map_tensors
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
+    import os
+
     from torch import nn
 
     from onnxport.config import CoreName, Precision
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "verify"]
 
 
-def export(
+def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     module: nn.Module,
     example: Any,
     path: str | os.PathLike[str],

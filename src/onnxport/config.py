@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxport.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "CoreName",
@@ -125,7 +127,7 @@ class Verify:
 
     def __post_init__(self) -> None:
         if self.providers != "auto":
-            if isinstance(self.providers, str) or not self.providers:
+            if isinstance(self.providers, str) or not self.providers:  # type: ignore[redundant-expr]
                 raise ConfigurationError(
                     "Verify(providers=) must be 'auto' or a tuple of provider names such as "
                     f"('CPUExecutionProvider',); got {self.providers!r}."
@@ -210,9 +212,7 @@ class ExportOptions:
         require_choice("core", self.core, CORES)
         if self.precision is not None:
             require_choice("precision", self.precision, PRECISIONS)
-        if self.opset is not None and (
-            isinstance(self.opset, bool) or not isinstance(self.opset, int) or self.opset < MIN_OPSET
-        ):
+        if self.opset is not None and (type(self.opset) is not int or self.opset < MIN_OPSET):
             raise ConfigurationError(
                 f"opset must be a whole number of at least {MIN_OPSET}, got {self.opset!r}."
             )
@@ -232,7 +232,7 @@ class ExportOptions:
         Raises:
             ConfigurationError: If ``verify`` is false: nothing unproven is ever published.
         """
-        if verify is False or not isinstance(verify, (bool, Verify)):
+        if verify is not True and not isinstance(verify, Verify):
             raise ConfigurationError(
                 f"verify must be True or Verify(...), got {verify!r}: nothing unproven is "
                 "published. Use Verify(tolerance=Tolerance(...)) to state another tolerance."

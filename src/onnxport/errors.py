@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from onnxport.report import Check, ExportReport
 
@@ -50,6 +52,7 @@ class ExportError(OnnxportError, RuntimeError):
         super().__init__(message, report)
         self.report = report
 
+    @override
     def __str__(self) -> str:
         return str(self.args[0])
 
@@ -65,6 +68,7 @@ class VerificationError(OnnxportError, RuntimeError):
         super().__init__(message, checks)
         self.checks = checks
 
+    @override
     def __str__(self) -> str:
         return str(self.args[0])
 

@@ -118,13 +118,15 @@ def _rebuild(spec: Spec, tensors: Iterator[Any]) -> Any:
     return _container(spec.kind, spec.keys, children)
 
 
-def _container(kind: type, keys: tuple[Any, ...], children: list[Any]) -> Any:
+def _container(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
     if kind in {tuple, list}:
         return kind(children)
     if issubclass(kind, Mapping):
         items = dict(zip(keys, children, strict=True))
         # Dataclass-like mappings (transformers' ModelOutput) take their fields as keywords.
-        return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)  # type: ignore[call-arg]
+        if dataclasses.is_dataclass(kind):
+            return kind(**items)  # type: ignore[operator]
+        return kind(items)
     if issubclass(kind, tuple):
         return kind(*children)
     if issubclass(kind, list):

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 from onnxport._optional import is_available, optional_import
 from onnxport.callbacks.cadence import When, read_when
 from onnxport.callbacks.checkpoint_io import MirroredCheckpointIO
@@ -44,6 +46,7 @@ class _FrameworkAware(type):
     was imported by then.
     """
 
+    @override
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return type.__call__(_bound(cls, _imported_frameworks()), *args, **kwargs)
 
@@ -69,7 +72,7 @@ def _bound(cls: type, frameworks: tuple[str, ...]) -> type:
 
 
 def _unpickled(cls: type, state: dict[str, Any]) -> Any:
-    instance = object.__new__(_bound(cls, _imported_frameworks()))
+    instance: Any = object.__new__(_bound(cls, _imported_frameworks()))
     vars(instance).update(state)
     return instance
 
@@ -119,7 +122,7 @@ class OnnxExport(metaclass=_FrameworkAware):
         []
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - flat keyword arguments, as Lightning's own callbacks
         self,
         *,
         dirpath: str | os.PathLike[str] | None = None,
@@ -155,7 +158,7 @@ class OnnxExport(metaclass=_FrameworkAware):
         """One report per attempted checkpoint, in order."""
         return [*self._earlier, *(self._session.reports if self._session else [])]
 
-    def should_export(self, trainer: Any, checkpoint: str) -> bool:  # noqa: ARG002 - for overriding
+    def should_export(self, trainer: Any, checkpoint: str) -> bool:
         """Decide whether a checkpoint that was just written becomes a model.
 
         Override this to decide in another way than by ``when``.
@@ -166,13 +169,14 @@ class OnnxExport(metaclass=_FrameworkAware):
         """
         return self.cadence.should_export(self._saves)
 
+    @override
     def __reduce__(self) -> tuple[Any, ...]:
         state = vars(self) | {"_session": None, "_earlier": self.reports}
         return _unpickled, (getattr(type(self), "_unbound", type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002, D102
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero:
             return
         checkpoint_io = trainer.strategy.checkpoint_io
@@ -182,7 +186,7 @@ class OnnxExport(metaclass=_FrameworkAware):
         checkpoint_io.on_saved = lambda content, path: self._on_saved(trainer, content, path)
         checkpoint_io.on_removed = self._on_removed
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: D102
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         self._earlier, self._saves = self.reports, 0
@@ -196,33 +200,33 @@ class OnnxExport(metaclass=_FrameworkAware):
             say=_say(type(self)),
         )
 
-    def on_train_batch_start(  # noqa: D102
+    def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:  # noqa: ARG002
+    ) -> None:
         if self._session is not None:
             self._session.begin_batch(batch)
         if trainer.world_size == 1:
             self._raise_failure(trainer)
 
-    def on_validation_batch_start(  # noqa: D102
+    def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # noqa: ARG002
+    ) -> None:
         if self._session is not None:
             self._session.begin_batch(batch)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002, D102
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._raise_failure(trainer)
         if self._session is not None and trainer.current_epoch > 0:
             self._session.stop_observing()
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: D102
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is not None:
             self._export_at_end(trainer, pl_module)
             best = _best_checkpoint(trainer)
             self._session.finish(None if best is None else model_path(best, self.dirpath))
         self._raise_failure(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002, D102
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._session is not None:
             self._session.finish(failed=True)
 
@@ -265,7 +269,10 @@ class OnnxExport(metaclass=_FrameworkAware):
                 self._save(pl_module.state_dict(), str(folder / name), origin)
             return
         path = str(model_path(best, self.dirpath))
-        if any(report.ok and report.path == path for report in self.reports) and Path(path).exists():
+        if (
+            any(report.ok and report.path == path for report in self.reports)
+            and Path(path).exists()
+        ):
             return
         if any(not r.ok and r.checkpoint == best for r in self.reports):
             return  # tried and failed with these weights already
@@ -273,7 +280,9 @@ class OnnxExport(metaclass=_FrameworkAware):
             best, map_location="cpu", weights_only=False
         )
         origin = replace(
-            _origin(trainer, best), epoch=content.get("epoch"), global_step=content.get("global_step")
+            _origin(trainer, best),
+            epoch=content.get("epoch"),
+            global_step=content.get("global_step"),
         )
         self._save(content["state_dict"], best, _with_best_score(trainer, origin))
 
@@ -330,7 +339,11 @@ def _ignore(*_: Any) -> None:
 def _read_mlflow(
     mlflow: Literal["auto"] | bool | MLflow, register: str | None
 ) -> tuple[str, MLflow] | None:
-    """Return how eager to track (``"auto"`` or ``"always"``) and the options; ``None``: not."""
+    """Return how eager to track (``"auto"`` or ``"always"``) and the options; ``None``: not.
+
+    Raises:
+        ConfigurationError: If the arguments contradict each other.
+    """
     if mlflow is False:
         if register is not None:
             raise ConfigurationError(

@@ -178,9 +178,13 @@ class ExportSession:
     def _export(self, saved: Saved) -> ExportReport:
         try:
             return self._pipeline.run(self._job(saved))
-        except Exception as error:  # noqa: BLE001 - copying and running user code; reported below
+        except Exception as error:
             logger.debug("The export could not start", exc_info=True)
-            text = str(error) if isinstance(error, OnnxportError) else f"{type(error).__name__}: {error}"
+            text = (
+                str(error)
+                if isinstance(error, OnnxportError)
+                else f"{type(error).__name__}: {error}"
+            )
             report = ExportReport(
                 ok=False,
                 checkpoint=saved.origin.checkpoint,
@@ -228,7 +232,9 @@ class ExportSession:
         if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
             return None
         module = self._module.get_submodule(target)
-        device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+        device = next(
+            (tensor.device for tensor in module.state_dict().values()), torch.device("cpu")
+        )
         prefix = f"{target}." if target else ""
         own = {
             name.removeprefix(prefix): tensor

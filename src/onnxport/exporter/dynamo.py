@@ -34,7 +34,11 @@ class DynamoCore:
         return "automatic dims" if self.automatic else ""
 
     def export(self, request: ExportRequest) -> ir.Model:
-        """Return the optimised graph."""
+        """Return the optimised graph.
+
+        Raises:
+            RuntimeError: If torch returns nothing, which its types allow.
+        """
         program = torch.onnx.export(
             request.module,
             request.args,

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from onnxport.tree import flatten, rebuild
 
 if TYPE_CHECKING:
     from onnxport.tree import Path, Spec
 
-__all__ = ["FlatModule", "PREFIX"]
+__all__ = ["PREFIX", "FlatModule"]
 
 PREFIX = "module."
 """What the wrapper puts before the names of parameters."""
@@ -36,6 +37,7 @@ class FlatModule(nn.Module):
         self.spec = spec
         self.training = module.training
 
+    @override
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors of the result, in tree order; other values of it are left out."""
         args, kwargs = rebuild(self.spec, tensors)

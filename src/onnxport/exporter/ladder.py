@@ -62,6 +62,9 @@ def climb(
 
     Returns:
         The core that won or ``None``, the attempts, and the checks of the last model proven.
+
+    Raises:
+        OnnxportError: If the disk or the installation fails, which no other core would mend.
     """
     attempts: list[Attempt] = []
     checks: tuple[Check, ...] = ()
@@ -78,7 +81,7 @@ def climb(
             reason, checks = str(error), error.checks
         except OnnxportError:
             raise  # the disk or the installation, not the core
-        except Exception as error:  # noqa: BLE001 - cores and user code raise anything
+        except Exception as error:
             reason = explain(error)
             logger.debug("%s failed", core.name, exc_info=True)
         attempts.append(

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def preserved_rng() -> Iterator[None]:
     """Put back the random number streams of Python, NumPy and torch (CPU and CUDA)."""
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -182,10 +182,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     missing = [name for name in loaded if name not in state]
     if not missing:
         return ()
-    return (
+    text = (
         f"The checkpoint lacks {len(missing)} of the module's tensors, e.g. {missing[0]!r}: "
-        "the model holds the live values of these.",
+        "the model holds the live values of these."
     )
+    return (text,)
 
 
 def _same(loaded: Any, tensor: torch.Tensor) -> bool:

@@ -45,7 +45,7 @@ class ScriptCore:
         """Return the scripted graph."""
         scripted = torch.jit.script(request.module.module)
         flat = FlatModule(scripted, request.module.spec)
-        traced = torch.jit.trace(flat, request.args, check_trace=False)
+        traced = torch.jit.trace(flat, request.args, check_trace=False)  # type: ignore[no-untyped-call]
         return _export(replace(request, module=flat), traced)
 
 

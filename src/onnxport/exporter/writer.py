@@ -91,7 +91,7 @@ def write_model(model: ir.Model, path: Path, metadata: Mapping[str, object], pre
         for file in model_files(path):
             _sync(file)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise PublishError(_not_written(path, error)) from error
 
 
 def _rename_initializers(model: ir.Model, prefix: str) -> None:
@@ -123,7 +123,7 @@ def publish(staged: Path, final: Path) -> None:
             final_data.unlink(missing_ok=True)
         _sync(final.parent)
     except OSError as error:
-        raise _not_written(final, error) from error
+        raise PublishError(_not_written(final, error)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,21 +132,13 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         PublishError: If the disk does not take it.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".onnxport-", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise _not_written(path, error) from error
+    with staging(path) as staged:
+        try:
+            staged.write_text(text, encoding="utf-8")
+            _sync(staged)
+            staged.replace(path)
+        except OSError as error:
+            raise PublishError(_not_written(path, error)) from error
 
 
 def model_files(path: Path) -> tuple[Path, ...]:
@@ -175,8 +167,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _not_written(path: Path, error: OSError) -> PublishError:
-    return PublishError(
+def _not_written(path: Path, error: OSError) -> str:
+    return (
         f"Cannot write {path}: {error.strerror or error}. Nothing half-written is left there; "
         "free some space or give another folder with dirpath=."
     )

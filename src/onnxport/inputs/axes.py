@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from onnxport.errors import ConfigurationError, InputInferenceError
 from onnxport.inputs.resize import take
 from onnxport.report import AxisEvidence
-from onnxport.signature import Axes
+
+if TYPE_CHECKING:
+    from onnxport.signature import Axes
 
 __all__ = ["AxisPlan", "declared_axes", "infer_axes"]
 
@@ -107,7 +110,9 @@ def declared_axes(
     outputs: list[dict[int, str]] = [{} for _ in base]
     evidence = []
     for dim in dict.fromkeys(dim for dims in inputs for dim in dims.values()):
-        size = next(x.shape[a] for x, d in zip(example, inputs, strict=True) for a in d if d[a] == dim)
+        size = next(
+            x.shape[a] for x, d in zip(example, inputs, strict=True) for a in d if d[a] == dim
+        )
         index = torch.arange(2 * size + 1) % size
         grown = [
             take(x, [axis for axis, name in dims.items() if name == dim], index)
@@ -115,7 +120,9 @@ def declared_axes(
         ]
         for place, (before, after) in enumerate(zip(base, run(tuple(grown)), strict=True)):
             outputs[place] |= _follows(before, after, dim, 2 * size + 1, output_names[place])
-        evidence.append(AxisEvidence(dim=dim, kind="declared", text="given in Inputs(dynamic_axes=)"))
+        evidence.append(
+            AxisEvidence(dim=dim, kind="declared", text="given in Inputs(dynamic_axes=)")
+        )
     first = next((dims[0] for dims in inputs if 0 in dims), None)
     return AxisPlan(inputs=inputs, outputs=tuple(outputs), batch=first, evidence=tuple(evidence))
 
@@ -189,9 +196,7 @@ def _dim_name(
 # --- the permute-and-repeat test --------------------------------------------------------------
 
 
-def _probe_batch(
-    run: Run, call: Tensors, plan: AxisPlan, output_names: Sequence[str]
-) -> AxisPlan:
+def _probe_batch(run: Run, call: Tensors, plan: AxisPlan, output_names: Sequence[str]) -> AxisPlan:
     """Try candidate batch axes; take the first that passes, else the first that is accepted."""
     weak: AxisPlan | None = None
     for places in _candidates(call, plan.inputs):
@@ -203,7 +208,9 @@ def _probe_batch(
         weak = weak or found
     if weak is not None:
         return weak
-    return replace(plan, warnings=(*plan.warnings, "No batch axis was found: all sizes are static."))
+    return replace(
+        plan, warnings=(*plan.warnings, "No batch axis was found: all sizes are static.")
+    )
 
 
 def _candidates(call: Tensors, known: Axes) -> Iterator[dict[int, int]]:
@@ -263,7 +270,8 @@ def _probe(
     if not accepted or not any(moved):
         return None
     independent = all(
-        _rows_agree(old, new, dims, index) for dims, old, new in zip(moved, before, after, strict=True)
+        _rows_agree(old, new, dims, index)
+        for dims, old, new in zip(moved, before, after, strict=True)
     )
     strict_axes = set(places.values()) == {0}
     if not independent and not strict_axes:

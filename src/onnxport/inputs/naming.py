@@ -75,7 +75,9 @@ def _parameters(forward: Callable[..., Any]) -> tuple[list[str], str | None]:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # builtins and some C functions have no signature
         return [], None
-    positional = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    positional = [
+        p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
+    ]
     return positional, next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
 

@@ -172,7 +172,7 @@ class Observer:
         recorder = self._recorders.setdefault(name, Recorder())
         try:
             recorder.record(args, kwargs, self._batch)
-        except Exception:  # noqa: BLE001 - inside the user's forward: nothing may end training
+        except Exception:
             logger.warning("A call of %r could not be recorded.", name or "forward", exc_info=True)
 
 

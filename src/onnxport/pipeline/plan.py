@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,8 @@ from onnxport.signature import ModelSignature, TensorSpec
 from onnxport.tree import Example, Spec, flatten
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
     from onnxport.config import ExportOptions
@@ -139,7 +140,11 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _same_structure(
     examples: Sequence[Example], warnings: list[str]
 ) -> tuple[Spec, list[tuple[object, ...]], tuple[Tensors, ...]]:
-    """Keep the examples that have the structure of the first; say which others were seen."""
+    """Keep the examples that have the structure of the first; say which others were seen.
+
+    Raises:
+        InputInferenceError: If no example holds a tensor.
+    """
     flat = [flatten((example.args, dict(example.kwargs))) for example in examples]
     flat = [(spec, found) for spec, found in flat if found]
     if not flat:
@@ -165,10 +170,12 @@ def _same_structure(
     return spec, paths, calls
 
 
-def _first_run(
-    flat: FlatModule, tensors: Tensors
-) -> list[tuple[tuple[object, ...], torch.Tensor]]:
-    """Run twice: the module must run, give tensors, and not be random."""
+def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, ...], torch.Tensor]]:
+    """Run twice: the module must run, give tensors, and not be random.
+
+    Raises:
+        ExportError: If it does not.
+    """
     try:
         with preserved_rng(), export_context():
             first, second = flat.run_nested(tensors), flat.run_nested(tensors)

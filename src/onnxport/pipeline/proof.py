@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from onnxport.validation.parity import compare
 from onnxport.validation.session import Session, resolve_providers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from onnxport.config import Verify
@@ -158,11 +158,11 @@ class Proof:
         )
 
     def _wanted(self) -> list[tuple[str, Tensors]]:
-        first, axes = self._plan.calls[0], self._plan.axes
-        wanted = [resize(first, axes.inputs, {axes.batch: n}) for n in self._batch_sizes()] or [first]
+        first = self._plan.calls[0]
+        wanted = [self._at_batch(size) for size in self._batch_sizes()] or [first]
         wanted += self._plan.calls[1:]
         wanted += self._other_sizes()
-        small = resize(first, axes.inputs, {axes.batch: SMALL_BATCH} if axes.batch else {})
+        small = self._at_batch(SMALL_BATCH)
         unique: dict[tuple[tuple[int, ...], ...], Tensors] = {}
         for inputs in wanted:
             unique.setdefault(tuple(tuple(tensor.shape) for tensor in inputs), inputs)
@@ -170,13 +170,21 @@ class Proof:
         has_floats = any(tensor.is_floating_point() for tensor in small)
         return [*cases, (NEGATED, negate(small))] if has_floats else cases
 
+    def _at_batch(self, size: int) -> Tensors:
+        """The first call with another batch size; as it is when there is no batch axis."""
+        batch = self._plan.axes.batch
+        sizes = {} if batch is None else {batch: size}
+        return resize(self._plan.calls[0], self._plan.axes.inputs, sizes)
+
     def _batch_sizes(self) -> tuple[int, ...]:
         batch = self._plan.axes.batch
         if batch is None:
             return ()
         if self._verify.sizes is not None:
             return self._verify.sizes
-        observed = self._affordable(current_sizes(self._plan.calls[0], self._plan.axes.inputs)[batch])
+        observed = self._affordable(
+            current_sizes(self._plan.calls[0], self._plan.axes.inputs)[batch]
+        )
         larger = max(observed, SMALL_BATCH) + 1
         return (1, SMALL_BATCH, observed, larger + 1 - larger % 2)
 
@@ -184,8 +192,7 @@ class Proof:
         """Lower the observed batch size if one eager run of it would take too long."""
         if size <= SMALL_BATCH:
             return size
-        axes = self._plan.axes
-        small = resize(self._plan.calls[0], axes.inputs, {axes.batch or "": SMALL_BATCH})
+        small = self._at_batch(SMALL_BATCH)
         start = time.perf_counter()
         if self._try(REAL, small) is None:
             return size
@@ -207,7 +214,7 @@ class Proof:
     def _try(self, rows: str, inputs: Tensors) -> Tensors | None:
         try:
             return run_flat(self._plan.flat, inputs)
-        except Exception as error:  # noqa: BLE001 - user code may refuse a size with any error
+        except Exception as error:
             if rows == REAL:
                 where = _where(current_sizes(inputs, self._plan.axes.inputs), rows)
                 self.warnings.append(f"PyTorch itself refuses {where}: {type(error).__name__}.")
@@ -223,7 +230,7 @@ def _run_double(flat: FlatModule, inputs: Sequence[Tensors]) -> list[Tensors | N
             run_flat(double, [t.double() if t.is_floating_point() else t for t in tensors])
             for tensors in inputs
         ]
-    except Exception:  # noqa: BLE001 - forward may create float32 tensors and mix dtypes
+    except Exception:
         logger.debug("the module does not run in float64", exc_info=True)
         return [None] * len(inputs)
 

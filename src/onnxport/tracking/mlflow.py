@@ -104,7 +104,11 @@ class MlflowTracker:
     # --- steps ------------------------------------------------------------------------------
 
     def _require_reachable(self) -> None:
-        """Ask an http server for a sign of life before any call that could block for minutes."""
+        """Ask an http server for a sign of life before any call that could block for minutes.
+
+        Raises:
+            TrackingError: If there is none.
+        """
         if urlsplit(self._address.uri).scheme not in {"http", "https"}:
             return
         url = f"{self._address.uri.rstrip('/')}/health"
@@ -262,7 +266,11 @@ def _fail_fast() -> Iterator[None]:
 
 @contextmanager
 def _already_there_is_fine() -> Iterator[None]:
-    """Let a repeated step pass: the store refuses the second one as a duplicate."""
+    """Let a repeated step pass: the store refuses the second one as a duplicate.
+
+    Raises:
+        MlflowException: Anything else.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -274,7 +282,11 @@ def _already_there_is_fine() -> Iterator[None]:
 
 
 def _champion(client: Any, name: str, alias: str) -> Any:
-    """Return the version that has the alias, or ``None``."""
+    """Return the version that has the alias, or ``None``.
+
+    Raises:
+        MlflowException: If it cannot be asked.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -287,7 +299,9 @@ def _champion(client: Any, name: str, alias: str) -> Any:
 
 
 def _existing_version(client: Any, name: str, key: str) -> int | None:
-    found = client.search_model_versions(f"name = '{_quoted(name)}' and tags.`{TAG_PREFIX}key` = '{key}'")
+    found = client.search_model_versions(
+        f"name = '{_quoted(name)}' and tags.`{TAG_PREFIX}key` = '{key}'"
+    )
     return min((int(version.version) for version in found), default=None)
 
 
@@ -308,7 +322,8 @@ def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -
 
 
 def _key(report: ExportReport, run_id: str) -> str:
-    return f"{run_id}:{report.global_step}:{_stem(report)}:{(report.weights_sha256 or '')[:16]}".replace("'", "_")
+    weights = (report.weights_sha256 or "")[:16]
+    return f"{run_id}:{report.global_step}:{_stem(report)}:{weights}".replace("'", "_")
 
 
 def _stem(report: ExportReport) -> str:

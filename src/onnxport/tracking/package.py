@@ -29,12 +29,13 @@ def model_signature(report: ExportReport) -> Any:
     """
     with optional_import(extra="mlflow", needed_for="MLflow tracking"):
         from mlflow.models import ModelSignature
-        from mlflow.types.schema import Schema, TensorSpec
+        from mlflow.types.schema import Schema
+        from mlflow.types.schema import TensorSpec as MlflowSpec
 
     def schema(specs: tuple[TensorSpec, ...]) -> Any:
         return Schema(
             [
-                TensorSpec(
+                MlflowSpec(
                     np.dtype(spec.dtype),
                     tuple(-1 if isinstance(size, str) else size for size in spec.shape),
                     name=spec.name,

@@ -47,7 +47,7 @@ def check_graph(path: Path, signature: ModelSignature) -> int:
     specs = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
     for value in (*inputs, *model.graph.output):
         _check_value(value, specs[value.name])
-    return next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"})
+    return int(next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}))
 
 
 def _check_names(
@@ -68,7 +68,9 @@ def _check_value(value: onnx.ValueInfoProto, spec: TensorSpec) -> None:
     tensor = value.type.tensor_type
     dtype = _dtype_name(tensor.elem_type)
     if dtype != spec.dtype:
-        raise VerificationError(f"{spec.name!r} is {dtype} in the graph and {spec.dtype} in PyTorch.")
+        raise VerificationError(
+            f"{spec.name!r} is {dtype} in the graph and {spec.dtype} in PyTorch."
+        )
     dims = tensor.shape.dim
     if not tensor.HasField("shape") or len(dims) != len(spec.shape):
         raise VerificationError(

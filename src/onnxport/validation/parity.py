@@ -1,4 +1,4 @@
-"""Compare ONNX Runtime's outputs with PyTorch's; strict on count, shape, dtype, NaN and infinity."""
+"""Compare ONNX Runtime's outputs with PyTorch's; strict on shape, dtype, NaN and infinity."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _exact(provider: str) -> dict[str, str]:
 
 def _to_torch(value: Any) -> torch.Tensor:
     if value.element_type() == 16:  # noqa: PLR2004 - TensorProto.BFLOAT16, which numpy lacks
-        raw = torch.from_dlpack(value._ortvalue.to_dlpack())  # noqa: SLF001
+        raw = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())  # noqa: SLF001
         return raw.clone()
     array = np.array(value.numpy(), copy=True)
     return torch.from_numpy(array.reshape(-1)).reshape(array.shape)

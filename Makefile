@@ -1,0 +1,48 @@
+# Two commands for a fresh machine with Python 3.11, pip and make:
+#   make demo   environment, install, the main job on the embedded default
+#   make test   environment, install, all tests
+# The environment lives in .venv and is reused until pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := .install.log
+TEST_ARGS ?=
+
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "onnxport: installing into $(VENV) ..."
+	@start=$$(date +%s); \
+	 { $(PYTHON) -m venv $(VENV) && \
+	   $(BIN)/python -m pip install --upgrade "pip>=25.1" && \
+	   $(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group test --group lint; \
+	 } > $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }; \
+	 touch $(STAMP); \
+	 echo "onnxport: environment in $(VENV), log in $(LOG), took $$(( $$(date +%s) - start )) s"
+
+demo: $(STAMP)
+	@start=$$(date +%s); $(BIN)/python examples/digits.py && \
+	 echo "onnxport: make demo took $$(( $$(date +%s) - start )) s"
+
+test: $(STAMP)
+	@start=$$(date +%s); $(BIN)/python -m pytest $(TEST_ARGS) && \
+	 echo "onnxport: tests in tests/, make test took $$(( $$(date +%s) - start )) s"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > .imports.log 2>&1 || { cat .imports.log; exit 1; }
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/baseline.py
+
+clean:
+	rm -rf $(VENV) runs $(LOG) .imports.log

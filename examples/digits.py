@@ -1,0 +1,224 @@
+"""Train on real images, get proven ONNX models, and serve the best one.
+
+Everything is local: scikit-learn ships the images, MLflow keeps its store in a sqlite file. Run it
+with ``make demo`` or ``python examples/digits.py [folder]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from onnxport import ExportReport, OnnxExport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Digits(pl.LightningModule):
+    """A small convolutional classifier of 8x8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(32 * 16, 10),
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return logits of shape ``(N, 10)`` for images of shape ``(N, 1, 8, 8)``."""
+        return self.net(image)
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        """Return the loss of a batch."""
+        image, label = batch
+        loss = nn.functional.cross_entropy(self(image), label)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor], _: int) -> None:
+        """Log the accuracy on a batch."""
+        image, label = batch
+        self.log("val_acc", (self(image).argmax(1) == label).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def load_data() -> tuple[DataLoader, DataLoader, torch.Tensor]:
+    """Return loaders for training and validation, and the images of a test set."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    train = TensorDataset(images[:1200], labels[:1200])
+    val = TensorDataset(images[1200:1500], labels[1200:1500])
+    return DataLoader(train, 64, shuffle=True), DataLoader(val, 100), images[1500:]
+
+
+def train(root: Path) -> tuple[Digits, OnnxExport, ModelCheckpoint]:
+    """Train for six epochs with one callback more than usual."""
+    pl.seed_everything(0)
+    train_loader, val_loader, _ = load_data()
+    model = Digits()
+    export = OnnxExport(register="digits")
+    best = ModelCheckpoint(
+        dirpath=root / "checkpoints",
+        filename="{epoch}-{val_acc:.3f}",
+        monitor="val_acc",
+        mode="max",
+        save_top_k=2,
+    )
+    trainer = pl.Trainer(
+        max_epochs=6,
+        accelerator="cpu",
+        default_root_dir=root,
+        callbacks=[export, best],
+        logger=MLFlowLogger(
+            "digits",
+            tracking_uri=tracking_uri(root),
+            artifact_location=(root / "artifacts").as_uri(),
+        ),
+        enable_progress_bar=False,
+        log_every_n_steps=10,
+    )
+    trainer.fit(model, train_loader, val_loader)
+    return model, export, best
+
+
+def tracking_uri(root: Path) -> str:
+    """Return the address of the embedded default: a sqlite file."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def served(root: Path) -> Iterator[str]:
+    """Serve the champion on a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits@champion"]
+    command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(root)}
+    log = (root / "serve.log").open("w")
+    with (
+        log,
+        subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        ) as server,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{port}/ping", server)
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            os.killpg(server.pid, 15)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Wait until a server answers."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError("the model server stopped; see serve.log")
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"{url} did not answer within {seconds} s; see serve.log")
+
+
+def ask(url: str, images: torch.Tensor) -> torch.Tensor:
+    """Post images to the served model and return its logits."""
+    body = json.dumps({"inputs": {"image": images.tolist()}}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return torch.tensor(json.load(answer)["predictions"]["output"])
+
+
+def check_served_answers(root: Path, best: str, report: ExportReport) -> None:
+    """Compare what the champion answers over HTTP with PyTorch."""
+    _, _, images = load_data()
+    model = Digits.load_from_checkpoint(best, map_location="cpu", weights_only=False).eval()
+    budget = max(output.budget for check in report.checks for output in check.outputs)
+    with served(root) as url:
+        for count in (1, 5):
+            with torch.no_grad():
+                expected = model(images[:count])
+            error = (ask(url, images[:count]) - expected).abs().max().item()
+            if not error <= 2 * budget:
+                raise RuntimeError(f"served answers differ from PyTorch by {error}")
+            print(f"served champion, {count} test image(s): equal to PyTorch within {error:.1e}")
+
+
+def show(reports: list[ExportReport]) -> None:
+    """Print what became of each checkpoint."""
+    table = Table(title="onnxport: every checkpoint, proven")
+    for column in ("checkpoint", "core", "batch sizes proven", "max error", "budget"):
+        table.add_column(column, no_wrap=column == "checkpoint")
+    for column in ("val_acc", "version", "alias", "on disk"):
+        table.add_column(column)
+    champion = max((r for r in reports if r.tracking and r.tracking.alias), key=version)
+    for report in reports:
+        budgets = [output.budget for check in report.checks for output in check.outputs]
+        sizes = {str(check.sizes["batch"]) for check in report.checks}
+        table.add_row(
+            Path(report.checkpoint or "").stem,
+            report.core,
+            ", ".join(sorted(sizes, key=int)),
+            f"{report.max_abs_error:.1e}",
+            f"{max(budgets):.1e}",
+            f"{report.metrics['val_acc']:.3f}",
+            str(version(report) or "-"),
+            "champion" if report is champion else "-",
+            "yes" if Path(report.path or "").exists() else "removed with its checkpoint",
+        )
+    Console(width=132).print(table)
+
+
+def version(report: ExportReport) -> int:
+    """Return the version in the registry; 0 without one."""
+    return (report.tracking and report.tracking.version) or 0
+
+
+def main() -> None:
+    """Run the main job."""
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="onnxport-demo-"))
+    root = root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    _, export, checkpoints = train(root)
+    show(export.reports)
+    best = checkpoints.best_model_path
+    report = next(r for r in export.reports if r.checkpoint == best)
+    check_served_answers(root, best, report)
+    print(f"models, reports and store: {root}")
+    print(f"look around: mlflow ui --backend-store-uri {tracking_uri(root)}")
+
+
+if __name__ == "__main__":
+    main()
