@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,10 +44,38 @@ class ScriptCore:
 
     def export(self, request: ExportRequest) -> ir.Model:
         """Return the scripted graph."""
-        scripted = torch.jit.script(request.module.module)
+        scripted = torch.jit.script(_without_raising_properties(request.module.module))
         flat = FlatModule(scripted, request.module.spec)
         traced = torch.jit.trace(flat, request.args, check_trace=False)  # type: ignore[no-untyped-call]
         return _export(replace(request, module=flat), traced)
+
+
+def _without_raising_properties(module: torch.nn.Module) -> torch.nn.Module:
+    """Hide properties that cannot be read, in place, on a copy that belongs to the export.
+
+    The script compiler reads every attribute, ``forward`` uses it or not, and a property that
+    raises (one that needs a trainer, say) would end it.
+    """
+    for submodule in module.modules():
+        hidden = {name: None for name in _properties(type(submodule)) if _raises(submodule, name)}
+        if hidden:
+            kind = type(submodule)
+            submodule.__class__ = type(kind.__name__, (kind,), hidden | {"__doc__": kind.__doc__})
+    return module
+
+
+def _properties(kind: type) -> list[str]:
+    return [name for name, value in inspect.getmembers_static(kind) if isinstance(value, property)]
+
+
+def _raises(module: torch.nn.Module, name: str) -> bool:
+    try:
+        getattr(module, name)
+    except AttributeError:
+        return False  # the compiler takes it for missing
+    except Exception:  # noqa: BLE001 - a property is user code
+        return True
+    return False
 
 
 def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:

@@ -1,0 +1,50 @@
+"""Fixtures of all tests: determinism, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Lightning names the ranks; MLflow's client keeps the tracking address for child processes.
+_MAY_CHANGE = {"PYTEST_CURRENT_TEST", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+_MAY_CHANGE |= {"MASTER_PORT", "PL_GLOBAL_SEED", "MLFLOW_TRACKING_URI", "KMP_INIT_AT_FORK"}
+_MAY_CHANGE |= {"KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "PL_SEED_WORKERS"}
+_MAY_CHANGE |= {"CUDA_MODULE_LOADING", "TRITON_CACHE_DIR", "MLFLOW_RUN_ID"}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment_leak() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    changed = {k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k)}
+    assert not changed - _MAY_CHANGE, f"leaked environment variables: {changed - _MAY_CHANGE}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty store: making one takes seconds, copying it takes none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(mlflow_database: Path, tmp_path: Path) -> str:
+    """The address of a fresh sqlite store."""
+    shutil.copyfile(mlflow_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
