@@ -125,7 +125,7 @@ def _job(
 ) -> ExportJob:
     copy = copy_module(module)
     if target is not None:
-        _require_submodule(copy, target)
+        require_submodule(copy, target)
     given = example if options.inputs.example is None else options.inputs.example
     return ExportJob(
         module=copy,
@@ -137,7 +137,12 @@ def _job(
     )
 
 
-def _require_submodule(module: nn.Module, target: str) -> None:
+def require_submodule(module: nn.Module, target: str) -> None:
+    """Refuse the name of a submodule that is not there.
+
+    Raises:
+        ConfigurationError: With the names of the module's children.
+    """
     try:
         module.get_submodule(target)
     except AttributeError as error:

@@ -100,7 +100,7 @@ def test_the_comparison_notices_one_bit(tmp_path: Path) -> None:
 def test_a_failing_export_changes_nothing_either(tmp_path: Path) -> None:
     def train(root: Path, *callbacks: Any) -> Any:
         pl.seed_everything(7)
-        module = zoo.Classifier(zoo.NumpyInside())
+        module = zoo.Classifier(zoo.PythonInside())
         zoo.trainer(root, zoo.checkpoints(root), *callbacks, epochs=2).fit(module, zoo.loader())
         return [module.losses, module.state_dict(), torch.get_rng_state()]
 

@@ -1,8 +1,8 @@
 """What every adapter shares: one training run and the models that come out of it.
 
 An adapter tells the session what happens (a batch begins, a checkpoint was saved or removed,
-training ends); the session observes, exports, tracks and keeps the reports. None of its methods
-raises: failures are reported, and handed out by :meth:`ExportSession.take_failure`.
+training ends); the session observes, exports, tracks and keeps the reports. Once it is made, none
+of its methods raises: failures are reported, and handed out by :meth:`ExportSession.take_failure`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport.api import read_examples
+from onnxport.api import read_examples, require_submodule
 from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.module_state import copy_module, load_weights, run_borrowed
 from onnxport.exporter.weights import weights_sha256
@@ -83,6 +83,9 @@ class ExportSession:
 
     Attributes:
         reports: One report per attempted checkpoint, in order.
+
+    Raises:
+        ConfigurationError: If the target does not exist.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class ExportSession:
         self._pipeline = Pipeline()
         self._failure: ExportError | None = None
         self._origins: dict[str, Provenance] = {}
+        if target is not None:
+            require_submodule(module, target)
         targets = None if target is None else (target,)
         self._observer = Observer(module, targets=targets, is_redirected=is_redirected)
         if options.inputs.example is None:

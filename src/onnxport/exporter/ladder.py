@@ -82,7 +82,7 @@ def climb(
         except OnnxportError:
             raise  # the disk or the installation, not the core
         except Exception as error:
-            reason = explain(error)
+            reason = explain(error, lambda: request.module(*request.args))
             logger.debug("%s failed", core.name, exc_info=True)
         attempts.append(
             Attempt(

@@ -97,6 +97,8 @@ class Session:
 
     def __init__(self, model: Path | bytes, provider: str = CPU) -> None:
         ort = _runtime()
+        if provider not in ort.get_available_providers():
+            raise VerificationError(_not_used(provider, ort.get_available_providers()))
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
@@ -108,10 +110,7 @@ class Session:
             raise VerificationError(f"ONNX Runtime does not load the model: {error}") from error
         used = self._session.get_providers()
         if provider not in used:
-            raise VerificationError(
-                f"ONNX Runtime was asked for {provider} and uses {', '.join(used)} instead. "
-                "Install the ONNX Runtime package for this device, or ask for other providers."
-            )
+            raise VerificationError(_not_used(provider, used))
         self.provider = provider
 
     @property
@@ -150,6 +149,13 @@ class Session:
             raw = tensor.contiguous().view(torch.int16).numpy()
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
         return ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+
+
+def _not_used(provider: str, used: Sequence[str]) -> str:
+    return (
+        f"ONNX Runtime was asked for {provider} and has {', '.join(used)} instead. "
+        "Install the ONNX Runtime package for this device, or ask for other providers."
+    )
 
 
 def _exact(provider: str) -> dict[str, str]:

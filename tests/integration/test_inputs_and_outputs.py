@@ -1,0 +1,158 @@
+"""Whatever a module is called with and whatever it gives comes out, from training alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from onnxport import Example, Inputs, OnnxExport, export
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onnxport import ExportReport
+
+pytestmark = pytest.mark.integration
+
+
+def trained(root: Path, module: Any, **options: Any) -> ExportReport:
+    callback = OnnxExport(**{"core": "trace"} | options)
+    trainer = zoo.trainer(root, zoo.checkpoints(root), callback, epochs=1)
+    trainer.fit(module, zoo.loader())
+    (report,) = callback.reports
+    assert report.error is None
+    return report
+
+
+def test_a_module_whose_forward_is_never_called_exports_the_child_that_got_the_batch(
+    tmp_path: Path,
+) -> None:
+    report = trained(tmp_path, zoo.NoForward(zoo.cnn()))
+    assert report.target == "net"
+    assert report.dynamic_axes == {"input": {0: "batch"}, "output": {0: "batch"}}
+
+
+def test_a_module_without_forward_exports_its_backbone_not_its_loss(tmp_path: Path) -> None:
+    report = trained(tmp_path, zoo.OnlySteps())
+    assert report.target == "backbone"
+    names = {value.name for value in onnx_graph(report).initializer}
+    assert "backbone.5.weight" in names
+
+
+@pytest.mark.parametrize("core", ["dynamo", "trace"])
+def test_dicts_keywords_none_integers_and_named_tuples(core: str, tmp_path: Path) -> None:
+    report = trained(tmp_path, zoo.Structured(), core=core)
+    assert [(spec.name, spec.dtype, spec.shape) for spec in report.inputs] == [
+        ("image", "float32", ("batch", 1, 8, 8)),
+        ("kind", "int64", ("batch",)),
+    ]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in report.outputs] == [
+        ("logits", "float32", ("batch", 3)),
+        ("label", "int64", ("batch",)),
+        ("sizes_0", "float32", ("batch",)),
+    ]
+    session = ort.InferenceSession(report.path)
+    feeds = {"image": np.zeros((11, 1, 8, 8), np.float32), "kind": np.zeros(11, np.int64)}
+    assert [output.shape[0] for output in session.run(None, feeds)] == [11, 11, 11]
+
+
+def test_a_chosen_target_and_chosen_names(tmp_path: Path) -> None:
+    chosen = Inputs(names=("pixels",), output_names=("scores",), dynamic_axes={"pixels": {0: "n"}})
+    report = trained(tmp_path, zoo.Classifier(zoo.cnn()), target="net", inputs=chosen)
+    assert report.target == "net"
+    assert report.dynamic_axes == {"pixels": {0: "n"}, "scores": {0: "n"}}
+
+
+def test_an_example_from_the_user_is_used_instead_of_observation(tmp_path: Path) -> None:
+    given = Inputs(example=torch.randn(3, 1, 8, 8))
+    report = trained(tmp_path, zoo.Classifier(zoo.cnn()), inputs=given)
+    assert {check.sizes["batch"] for check in report.checks} == {1, 2, 3, 5}
+
+
+def test_batches_of_one_row_still_give_a_dynamic_batch(tmp_path: Path) -> None:
+    callback = OnnxExport(core="trace")
+    data = torch.utils.data.DataLoader(zoo.Rows(3), batch_size=1)
+    module = zoo.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    zoo.trainer(tmp_path, zoo.checkpoints(tmp_path), callback, epochs=1).fit(module, data)
+    assert callback.reports[0].dynamic_axes["image"] == {0: "batch"}
+
+
+def test_a_batch_as_large_as_the_image_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    report = export(zoo.cnn(), torch.randn(8, 1, 8, 8), tmp_path / "model.onnx", core="trace")
+    assert report.dynamic_axes == {"input": {0: "batch"}, "output": {0: "batch"}}
+
+
+def test_sizes_that_varied_between_calls_are_dynamic(tmp_path: Path) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids) * mask.unsqueeze(-1))
+
+    calls = [
+        Example((torch.randint(50, (rows, length)), torch.ones(rows, length)))
+        for rows, length in ((4, 7), (4, 9), (3, 5))
+    ]
+    report = export(Tagger(), calls, tmp_path / "model.onnx")
+    assert report.dynamic_axes == {
+        "ids": {0: "batch", 1: "sequence"},
+        "mask": {0: "batch", 1: "sequence"},
+        "output": {0: "batch", 1: "sequence"},
+    }
+    assert {check.sizes["sequence"] for check in report.checks} >= {5, 7, 9}
+
+
+def test_a_model_without_batch_axis_is_static_and_says_so(tmp_path: Path) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight
+
+    report = export(Table(), torch.randn(4, 6), tmp_path / "model.onnx", core="trace")
+    assert report.dynamic_axes == {}
+    assert "No batch axis was found" in report.warnings[0]
+
+
+def test_rows_that_depend_on_each_other_are_reported(tmp_path: Path) -> None:
+    class Centre(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x - x.mean(0))
+
+    report = export(Centre(), torch.randn(4, 6), tmp_path / "model.onnx", core="trace")
+    assert report.dynamic_axes["x"] == {0: "batch"}
+    assert "Rows of a batch depend on each other" in report.warnings[0]
+
+
+def test_sequence_first_models_get_their_batch_axis(tmp_path: Path) -> None:
+    class Rnn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x)[0]
+
+    report = export(Rnn(), torch.randn(7, 4, 6), tmp_path / "model.onnx", core="torchscript")
+    assert report.dynamic_axes == {"x": {1: "batch"}, "output": {1: "batch"}}
+
+
+def onnx_graph(report: ExportReport) -> Any:
+    import onnx
+
+    return onnx.load(report.path).graph
