@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 _MAY_CHANGE = {"PYTEST_CURRENT_TEST", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR"}
 _MAY_CHANGE |= {"MASTER_PORT", "PL_GLOBAL_SEED", "MLFLOW_TRACKING_URI", "KMP_INIT_AT_FORK"}
 _MAY_CHANGE |= {"KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "PL_SEED_WORKERS"}
-_MAY_CHANGE |= {"CUDA_MODULE_LOADING", "TRITON_CACHE_DIR", "MLFLOW_RUN_ID"}
+_MAY_CHANGE |= {
+    "CUDA_MODULE_LOADING",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "TRITON_CACHE_DIR",
+    "MLFLOW_RUN_ID",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +35,11 @@ def _no_environment_leak() -> Iterator[None]:
     before = dict(os.environ)
     yield
     changed = {k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k)}
+    for name in changed:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
     assert not changed - _MAY_CHANGE, f"leaked environment variables: {changed - _MAY_CHANGE}"
 
 

@@ -1,0 +1,41 @@
+"""Every example runs as the docs say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, folder: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_the_main_job_ends_with_a_served_champion(tmp_path: Path) -> None:
+    said = run("digits.py", tmp_path / "demo")
+    assert "served champion, 1 test image(s): equal to PyTorch" in said
+    assert "served champion, 5 test image(s): equal to PyTorch" in said
+    assert "champion" in said
+    assert "mlflow ui --backend-store-uri sqlite:///" in said
+    folder = tmp_path / "demo" / "checkpoints"
+    models = {path.stem for path in folder.glob("*.onnx")}
+    assert models == {path.stem for path in folder.glob("*.ckpt")}
+    assert len(models) == 2
+
+
+def test_no_example_is_forgotten() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"digits.py"}
