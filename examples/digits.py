@@ -176,8 +176,8 @@ def check_served_answers(root: Path, best: str, report: ExportReport) -> None:
             print(f"served champion, {count} test image(s): equal to PyTorch within {error:.1e}")
 
 
-def show(reports: list[ExportReport]) -> None:
-    """Print what became of each checkpoint."""
+def show(reports: list[ExportReport], picture: Path) -> None:
+    """Print what became of each checkpoint, and keep it as a picture."""
     table = Table(title="onnxport: every checkpoint, proven")
     for column in ("checkpoint", "core", "batch sizes proven", "max error", "budget"):
         table.add_column(column, no_wrap=column == "checkpoint")
@@ -196,9 +196,11 @@ def show(reports: list[ExportReport]) -> None:
             f"{report.metrics['val_acc']:.3f}",
             str(version(report) or "-"),
             "champion" if report is champion else "-",
-            "yes" if Path(report.path or "").exists() else "removed with its checkpoint",
+            "yes" if Path(report.path or "").exists() else "removed",
         )
-    Console(width=132).print(table)
+    console = Console(width=123, record=True)
+    console.print(table)
+    console.save_svg(str(picture), title="onnxport")
 
 
 def version(report: ExportReport) -> int:
@@ -212,7 +214,7 @@ def main() -> None:
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     _, export, checkpoints = train(root)
-    show(export.reports)
+    show(export.reports, root / "reports.svg")
     best = checkpoints.best_model_path
     report = next(r for r in export.reports if r.checkpoint == best)
     check_served_answers(root, best, report)

@@ -13,15 +13,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# Lightning names the ranks; MLflow's client keeps the tracking address for child processes.
-_MAY_CHANGE = {"PYTEST_CURRENT_TEST", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR"}
-_MAY_CHANGE |= {"MASTER_PORT", "PL_GLOBAL_SEED", "MLFLOW_TRACKING_URI", "KMP_INIT_AT_FORK"}
-_MAY_CHANGE |= {"KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR", "PL_SEED_WORKERS"}
-_MAY_CHANGE |= {
+# What Lightning, torch and MLflow's fluent API set for their child processes.
+_MAY_CHANGE = {
+    "PYTEST_CURRENT_TEST",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "KMP_INIT_AT_FORK",
+    "KMP_DUPLICATE_LIB_OK",
+    "TORCHINDUCTOR_CACHE_DIR",
     "CUDA_MODULE_LOADING",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TRITON_CACHE_DIR",
+    "MLFLOW_TRACKING_URI",
     "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "_MLFLOW_TELEMETRY_SESSION_ID",
 }
 
 

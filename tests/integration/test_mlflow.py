@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -116,6 +117,10 @@ def test_each_proven_model_becomes_a_logged_model_of_the_same_run(
     assert len(run.outputs.model_outputs) == 3
     versions = client.search_model_versions(f"name = 'name-{kind}'")
     assert len(versions) == 2
+    linked = client.get_logged_model(callback.reports[1].tracking.model_id)
+    (link,) = json.loads(linked.tags["mlflow.modelVersions"])
+    version = callback.reports[1].tracking.version
+    assert (link["name"], int(link["version"])) == (f"name-{kind}", version)
     champion = client.get_model_version_by_alias(f"name-{kind}", "champion")
     assert int(champion.version) == callback.reports[1].tracking.version
     assert champion.tags["onnxport.metric.value"] == repr(callback.reports[1].metrics["score"])

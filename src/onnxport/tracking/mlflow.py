@@ -7,6 +7,7 @@ READY only when all its files are there.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -318,7 +319,19 @@ def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -
         tags=tags,
         await_creation_for=0,
     )
+    _link_version(client, logged.model_id, name, int(version.version))
     return int(version.version)
+
+
+def _link_version(client: Any, model_id: str, name: str, version: int) -> None:
+    """Show the version on the logged model: a server does so itself, a database does not."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    tags = client.get_logged_model(model_id).tags
+    links = json.loads(tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if not any(link["name"] == name and int(link["version"]) == version for link in links):
+        links.append({"name": name, "version": version})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
 
 
 def _key(report: ExportReport, run_id: str) -> str:
