@@ -203,7 +203,7 @@ def test_the_prefix_of_the_logger_is_kept(store: str, tmp_path: Path) -> None:
 
 
 def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
-    from onnxport.callbacks.lightning import _origin
+    from onnxport.callbacks.lightning.facts import origin_of
     from onnxport.tracking.base import RunAddress
     from onnxport.tracking.mlflow import MlflowTracker
 
@@ -215,7 +215,7 @@ def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     again = RunAddress(
         uri=store, run_id=logger.run_id, experiment_id=logger.experiment_id, options=options
     )
-    origin = _origin(trainer, report.checkpoint)
+    origin = origin_of(trainer, report.checkpoint)
     record = MlflowTracker(again).publish(report, origin, last=True)
     assert record == report.tracking
     client = MlflowClient(tracking_uri=store)

@@ -7,7 +7,6 @@ READY only when all its files are there.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,7 +24,8 @@ from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.package import model_files_in_order, package_model
-from onnxport.tracking.promotion import TAG_PREFIX, is_better, read_score, score_of, score_tags
+from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
+from onnxport.tracking.registry import already_there_is_fine, register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +131,8 @@ class MlflowTracker:
             experiment_id=experiment_id,
             model_id=logged.model_id,
         )
-        return self._register(client, record, logged, report, origin, last=last)
+        tags = _tags(report, origin) | {f"{TAG_PREFIX}key": _key(report, run_id)}
+        return register(client, self._address.options, record, logged, tags, last=last)
 
     def _run(self, client: Any) -> tuple[str, str]:
         address = self._address
@@ -178,7 +179,7 @@ class MlflowTracker:
         if logged.status == LoggedModelStatus.READY:
             return logged
         step = report.global_step or 0
-        with _already_there_is_fine():
+        with already_there_is_fine():
             client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=step)])
         with tempfile.TemporaryDirectory(prefix="onnxport-") as temporary:
             folder = Path(temporary) / "model"
@@ -208,41 +209,6 @@ class MlflowTracker:
             for key, value in (logged | own).items()
         ]
 
-    def _register(
-        self,
-        client: Any,
-        record: TrackingRecord,
-        logged: Any,
-        report: ExportReport,
-        origin: Provenance,
-        *,
-        last: bool,
-    ) -> TrackingRecord:
-        options = self._address.options
-        if options.register is None or (options.policy == "end" and not last):
-            return record
-        score = score_of(origin)
-        champion = _champion(client, options.register, options.alias)
-        better = is_better(
-            score, None if champion is None else read_score(champion.tags), options.min_delta
-        )
-        key = _key(report, logged.source_run_id)
-        version = _existing_version(client, options.register, key)
-        if version is None and not better and options.policy != "all":
-            return replace(record, registered_name=options.register)
-        if version is None:
-            tags = _tags(report, origin) | {f"{TAG_PREFIX}key": key}
-            version = _create_version(client, options.register, logged, tags)
-        holds_alias = champion is not None and int(champion.version) == version
-        if better and not holds_alias:
-            client.set_registered_model_alias(options.register, options.alias, str(version))
-        return replace(
-            record,
-            registered_name=options.register,
-            version=version,
-            alias=options.alias if better or holds_alias else None,
-        )
-
 
 def _client(uri: str) -> Any:
     with optional_import(extra="mlflow", needed_for="MLflow tracking"):
@@ -265,75 +231,6 @@ def _fail_fast() -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _already_there_is_fine() -> Iterator[None]:
-    """Let a repeated step pass: the store refuses the second one as a duplicate.
-
-    Raises:
-        MlflowException: Anything else.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        text = str(error).lower()
-        if not any(word in text for word in ("unique", "duplicate", "already exists")):
-            raise
-
-
-def _champion(client: Any, name: str, alias: str) -> Any:
-    """Return the version that has the alias, or ``None``.
-
-    Raises:
-        MlflowException: If it cannot be asked.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        # A missing model is RESOURCE_DOES_NOT_EXIST, a missing alias INVALID_PARAMETER_VALUE.
-        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            return None
-        raise
-
-
-def _existing_version(client: Any, name: str, key: str) -> int | None:
-    found = client.search_model_versions(
-        f"name = '{_quoted(name)}' and tags.`{TAG_PREFIX}key` = '{key}'"
-    )
-    return min((int(version.version) for version in found), default=None)
-
-
-def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -> int:
-    with _already_there_is_fine():
-        client.create_registered_model(name)
-    # The artifacts' own address, not models:/<id>: the latter is resolved through the process's
-    # global tracking URI on a database store (mlflow 3.17).
-    version = client.create_model_version(
-        name,
-        source=logged.artifact_location,
-        run_id=logged.source_run_id,
-        model_id=logged.model_id,
-        tags=tags,
-        await_creation_for=0,
-    )
-    _link_version(client, logged.model_id, name, int(version.version))
-    return int(version.version)
-
-
-def _link_version(client: Any, model_id: str, name: str, version: int) -> None:
-    """Show the version on the logged model: a server does so itself, a database does not."""
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    tags = client.get_logged_model(model_id).tags
-    links = json.loads(tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    if not any(link["name"] == name and int(link["version"]) == version for link in links):
-        links.append({"name": name, "version": version})
-        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
-
-
 def _key(report: ExportReport, run_id: str) -> str:
     weights = (report.weights_sha256 or "")[:16]
     return f"{run_id}:{report.global_step}:{_stem(report)}:{weights}".replace("'", "_")
@@ -345,10 +242,6 @@ def _stem(report: ExportReport) -> str:
 
 def _legal_name(report: ExportReport) -> str:
     return re.sub(r"""[/:.%"']""", "_", _stem(report))
-
-
-def _quoted(name: str) -> str:
-    return name.replace("'", "''")
 
 
 def _metric_key(key: str) -> str:

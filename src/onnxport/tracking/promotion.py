@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from onnxport.report import Provenance
 
-__all__ = ["TAG_PREFIX", "Score", "is_better", "score_of", "score_tags"]
+__all__ = ["TAG_PREFIX", "Score", "is_better", "read_score", "score_of", "score_tags"]
 
 TAG_PREFIX = "onnxport."
 

@@ -1,83 +1,47 @@
-"""The adapter for Lightning, under both of its names: ``lightning`` and ``pytorch_lightning``."""
+"""The callback: translates Lightning's hooks and holds no line about ONNX."""
 
 from __future__ import annotations
 
-import importlib
 import logging
-import math
-import sys
 import tempfile
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from onnxport._optional import is_available, optional_import
 from onnxport.callbacks.cadence import When, read_when
 from onnxport.callbacks.checkpoint_io import MirroredCheckpointIO
+from onnxport.callbacks.lightning.facts import (
+    best_checkpoint,
+    is_redirected,
+    origin_of,
+    run_address,
+    with_best_score,
+)
+from onnxport.callbacks.lightning.names import FrameworkAware, teller, unpickled
+from onnxport.callbacks.options import read_mlflow
 from onnxport.callbacks.session import ExportSession, Saved, model_path
 from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
-from onnxport.errors import ConfigurationError
-from onnxport.report import ExportReport, Provenance
+from onnxport.errors import ExportError
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     import os
 
     from onnxport.config import CoreName, Precision
-    from onnxport.tracking.base import RunAddress, Tracker
+    from onnxport.report import ExportReport, Provenance
+    from onnxport.tracking.base import Tracker
 
 __all__ = ["OnnxExport"]
 
 logger = logging.getLogger(__name__)
 
-_FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
 _TUNER_PREFIXES = (".lr_find", ".scale_batch_size")
 """Checkpoints that the tuner writes for itself and removes again."""
 
 
-class _FrameworkAware(type):
-    """Makes instances that are callbacks of the Lightning that the user imported.
-
-    ``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are different classes, and a
-    trainer takes only its own. Which one is meant is known when the callback is made: its trainer
-    was imported by then.
-    """
-
-    @override
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return type.__call__(_bound(cls, _imported_frameworks()), *args, **kwargs)
-
-
-def _imported_frameworks() -> tuple[str, ...]:
-    imported = tuple(name for name in _FRAMEWORKS if name in sys.modules)
-    if imported:
-        return imported
-    return tuple(name for name in _FRAMEWORKS if is_available(name.partition(".")[0]))[:1]
-
-
-@lru_cache
-def _bound(cls: type, frameworks: tuple[str, ...]) -> type:
-    with optional_import(extra="lightning", needed_for="The Lightning callback"):
-        if not frameworks:
-            raise ImportError("neither is installed", name="lightning")
-        callbacks = [importlib.import_module(name).Callback for name in frameworks]
-    missing = [callback for callback in callbacks if not issubclass(cls, callback)]
-    if not missing:
-        return cls
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_unbound": cls}
-    return type(cls)(cls.__name__, (cls, *missing), names)
-
-
-def _unpickled(cls: type, state: dict[str, Any]) -> Any:
-    instance: Any = object.__new__(_bound(cls, _imported_frameworks()))
-    vars(instance).update(state)
-    return instance
-
-
-class OnnxExport(metaclass=_FrameworkAware):
+class OnnxExport(metaclass=FrameworkAware):
     """Turns every checkpoint into a proven ONNX model.
 
     Next to each checkpoint that the trainer writes appears ``<stem>.onnx`` with that checkpoint's
@@ -148,7 +112,7 @@ class OnnxExport(metaclass=_FrameworkAware):
         self.options = ExportOptions.of(
             core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
         )
-        self._mlflow = _read_mlflow(mlflow, register)
+        self._mlflow = read_mlflow(mlflow, register)
         self._session: ExportSession | None = None
         self._earlier: list[ExportReport] = []
         self._saves = 0
@@ -172,7 +136,7 @@ class OnnxExport(metaclass=_FrameworkAware):
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         state = vars(self) | {"_session": None, "_earlier": self.reports}
-        return _unpickled, (getattr(type(self), "_unbound", type(self)), state)
+        return unpickled, (getattr(type(self), "_unbound", type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
 
@@ -195,9 +159,9 @@ class OnnxExport(metaclass=_FrameworkAware):
             self.options,
             target=self.target,
             tracker=self._tracker(trainer),
-            is_redirected=_is_redirected,
+            is_redirected=is_redirected,
             fallback=lambda: getattr(pl_module, "example_input_array", None),
-            say=_say(type(self)),
+            say=teller(type(self)),
         )
 
     def on_train_batch_start(
@@ -222,7 +186,7 @@ class OnnxExport(metaclass=_FrameworkAware):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is not None:
             self._export_at_end(trainer, pl_module)
-            best = _best_checkpoint(trainer)
+            best = best_checkpoint(trainer)
             self._session.finish(None if best is None else model_path(best, self.dirpath))
         self._raise_failure(trainer)
 
@@ -242,7 +206,7 @@ class OnnxExport(metaclass=_FrameworkAware):
             wanted = True
         self._saves += 1
         if wanted:
-            self._save(content["state_dict"], path, _origin(trainer, path))
+            self._save(content["state_dict"], path, origin_of(trainer, path))
 
     def _on_removed(self, path: str) -> None:
         if self._session is not None:
@@ -260,12 +224,12 @@ class OnnxExport(metaclass=_FrameworkAware):
         if trainer.fast_dev_run:
             self._dry_run(trainer, pl_module)
             return
-        best = _best_checkpoint(trainer)
+        best = best_checkpoint(trainer)
         if best is None:
             if not trainer.checkpoint_callbacks and not self._saves:
                 name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
                 folder = Path(trainer.log_dir or trainer.default_root_dir)
-                origin = replace(_origin(trainer, ""), checkpoint=None)
+                origin = replace(origin_of(trainer, ""), checkpoint=None)
                 self._save(pl_module.state_dict(), str(folder / name), origin)
             return
         path = str(model_path(best, self.dirpath))
@@ -280,11 +244,11 @@ class OnnxExport(metaclass=_FrameworkAware):
             best, map_location="cpu", weights_only=False
         )
         origin = replace(
-            _origin(trainer, best),
+            origin_of(trainer, best),
             epoch=content.get("epoch"),
             global_step=content.get("global_step"),
         )
-        self._save(content["state_dict"], best, _with_best_score(trainer, origin))
+        self._save(content["state_dict"], best, with_best_score(trainer, origin))
 
     def _dry_run(self, trainer: Any, pl_module: Any) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
@@ -295,14 +259,14 @@ class OnnxExport(metaclass=_FrameworkAware):
                 Saved(
                     state=pl_module.state_dict(),
                     path=Path(folder) / "model.onnx",
-                    origin=replace(_origin(trainer, ""), checkpoint=None),
+                    origin=replace(origin_of(trainer, ""), checkpoint=None),
                 )
             )
 
     # --- tracking and errors ----------------------------------------------------------------
 
     def _tracker(self, trainer: Any) -> Tracker | None:
-        address = _run_address(trainer, self._mlflow)
+        address = run_address(trainer, self._mlflow)
         if address is None or trainer.fast_dev_run:
             return None
         from onnxport.tracking.mlflow import MlflowTracker
@@ -319,121 +283,8 @@ class OnnxExport(metaclass=_FrameworkAware):
         if trainer.world_size > 1:
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
-                from onnxport.errors import ExportError
-
                 raise failure if failure is not None else ExportError(message)
-
-
-def _say(cls: type) -> Any:
-    """Return the framework's own way to tell the user something, which shows by default."""
-    framework = next(
-        name for base in cls.__mro__ for name in _FRAMEWORKS if base.__module__.startswith(name)
-    )
-    return importlib.import_module(f"{framework}.utilities.rank_zero").rank_zero_info
 
 
 def _ignore(*_: Any) -> None:
     """Do nothing."""
-
-
-def _read_mlflow(
-    mlflow: Literal["auto"] | bool | MLflow, register: str | None
-) -> tuple[str, MLflow] | None:
-    """Return how eager to track (``"auto"`` or ``"always"``) and the options; ``None``: not.
-
-    Raises:
-        ConfigurationError: If the arguments contradict each other.
-    """
-    if mlflow is False:
-        if register is not None:
-            raise ConfigurationError(
-                f"register={register!r} needs MLflow, and mlflow=False. Leave one of them out."
-            )
-        return None
-    if not (mlflow == "auto" or mlflow is True or isinstance(mlflow, MLflow)):
-        raise ConfigurationError(
-            f"mlflow must be 'auto', True, False or MLflow(...); got {mlflow!r}."
-        )
-    options = mlflow if isinstance(mlflow, MLflow) else MLflow()
-    if register is not None:
-        options = replace(options, register=register)
-    eager = mlflow is True or options.tracking_uri is not None or options.register is not None
-    if eager:
-        from onnxport.tracking.mlflow import require_mlflow
-
-        require_mlflow()
-    return ("always" if eager else "auto"), options
-
-
-def _run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress | None:
-    """Find the run: that of the trainer's ``MLFlowLogger``, or one of our own if asked for."""
-    if mlflow is None:
-        return None
-    from onnxport.tracking.base import RunAddress
-
-    eagerness, options = mlflow
-    for found in trainer.loggers:
-        if any(base.__name__ == "MLFlowLogger" for base in type(found).__mro__):
-            prefix = getattr(found, "_prefix", "")
-            return RunAddress(
-                uri=found.experiment.tracking_uri,
-                run_id=found.run_id,
-                experiment_id=found.experiment_id,
-                metric_prefix=f"{prefix}{found.LOGGER_JOIN_CHAR}" if prefix else "",
-                options=options,
-            )
-    if eagerness == "auto":
-        return None
-    root = Path(trainer.default_root_dir).resolve()
-    if options.tracking_uri is not None:
-        return RunAddress(uri=options.tracking_uri, options=options)
-    root.mkdir(parents=True, exist_ok=True)
-    return RunAddress(
-        uri=f"sqlite:///{root / 'mlflow.db'}",
-        artifact_root=(root / "mlartifacts").as_uri(),
-        options=options,
-    )
-
-
-def _is_redirected(module: Any) -> bool:
-    """Tell whether a call of the module is a step that a strategy routes through ``forward``.
-
-    Source: ``lightning.pytorch.strategies.strategy._ForwardRedirection``, which sets
-    ``wrapped_forward`` on the instance until it is called.
-    """
-    forward = vars(module).get("forward")
-    return getattr(forward, "__name__", "") == "wrapped_forward"
-
-
-def _origin(trainer: Any, checkpoint: str) -> Provenance:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    monitored = next((cb for cb in trainer.checkpoint_callbacks if _monitor(cb) is not None), None)
-    return Provenance(
-        checkpoint=checkpoint,
-        epoch=trainer.current_epoch,
-        global_step=trainer.global_step,
-        metrics=metrics,
-        monitor=_monitor(monitored),
-        mode="max" if getattr(monitored, "mode", "min") == "max" else "min",
-    )
-
-
-def _monitor(callback: Any) -> str | None:
-    return getattr(callback, "monitor", None)
-
-
-def _best_checkpoint(trainer: Any) -> str | None:
-    """Return the best checkpoint that is on disk."""
-    for callback in trainer.checkpoint_callbacks:
-        best = getattr(callback, "best_model_path", "")
-        if best and Path(best).is_file():
-            return str(best)
-    return None
-
-
-def _with_best_score(trainer: Any, origin: Provenance) -> Provenance:
-    """The current metrics are the last epoch's; of the best one only the score is known."""
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    if origin.monitor is None or score is None or not math.isfinite(float(score)):
-        return replace(origin, metrics={})
-    return replace(origin, metrics={origin.monitor: float(score)})
