@@ -121,7 +121,10 @@ class ExportSession:
     def begin_batch(self, batch: Any) -> None:
         """A batch was moved to its device and a step begins."""
         if self._observer.active:
-            self._observer.begin_batch(batch)
+            try:
+                self._observer.begin_batch(batch)
+            except Exception:
+                logger.debug("the batch could not be walked", exc_info=True)
 
     def stop_observing(self) -> None:
         """Remove the hooks, if a call was seen."""

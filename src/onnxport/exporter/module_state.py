@@ -52,15 +52,17 @@ def borrowed(module: nn.Module) -> Iterator[nn.Module]:
     """
     submodules = list(module.modules())
     attributes = [dict(vars(submodule)) for submodule in submodules]
+    flags = [submodule.training for submodule in submodules]
     with preserved_rng(), export_context():
         try:
             for submodule in submodules:
                 # Not .eval(): users override train() to keep parts frozen, and it may have effects.
-                vars(submodule)["training"] = False
+                submodule.training = False
             yield module
         finally:
-            for submodule, before in zip(submodules, attributes, strict=True):
+            for submodule, before, flag in zip(submodules, attributes, flags, strict=True):
                 _restore(vars(submodule), before)
+                submodule.training = flag
 
 
 def _restore(current: dict[str, Any], before: dict[str, Any]) -> None:
@@ -105,9 +107,10 @@ def copy_module(module: nn.Module) -> nn.Module:
     Modules that cannot be deep-copied (locks, sockets, generators in their attributes) are cloned
     submodule by submodule: parameters and buffers are copied, other attributes are shared.
     """
-    with preserved_rng():
+    # A checkpoint may be saved under inference mode; tensors made there could not be exported.
+    with preserved_rng(), torch.inference_mode(False), torch.no_grad():
         try:
-            clone = copy.deepcopy(module)
+            clone = copy.deepcopy(module, _copied_tensors(module))
         except Exception as error:  # noqa: BLE001 - __deepcopy__ and __getstate__ are user code
             logger.debug("deepcopy failed (%s), cloning the structure instead", error)
             clone = _clone_structure(module)
@@ -116,6 +119,20 @@ def copy_module(module: nn.Module) -> nn.Module:
         if is_compiled_forward(vars(submodule).get("forward")):
             del submodule.forward
     return _unwrapped(clone).requires_grad_(False).cpu()
+
+
+def _copied_tensors(module: nn.Module) -> dict[int, Any]:
+    """Copy parameters and buffers straight to the CPU, as a memo for ``deepcopy``.
+
+    On the device of the training there may be no room for a second set of weights.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if type(tensor) in {nn.Parameter, torch.Tensor}:
+            data = tensor.detach().to("cpu", copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(data, requires_grad=False) if is_parameter else data
+    return memo
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -167,7 +184,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     Raises:
         ValueError: If a tensor of the checkpoint is not in the copy afterwards, bit for bit.
     """
-    nn.Module.load_state_dict(module, dict(state), strict=False)
+    with torch.inference_mode(False), torch.no_grad():
+        nn.Module.load_state_dict(module, dict(state), strict=False)
     loaded = module.state_dict()
     wrong = [
         name

@@ -17,7 +17,9 @@ from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from onnxport.signature import ModelSignature, TensorSpec
 
 __all__ = [
     "EXTERNAL_DATA_BYTES",
@@ -62,12 +64,21 @@ def staging(final: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_model(model: ir.Model, path: Path, metadata: Mapping[str, object], prefix: str) -> None:
-    """Write a graph with names as in the checkpoint and with its provenance.
+def write_model(
+    model: ir.Model,
+    path: Path,
+    *,
+    signature: ModelSignature,
+    metadata: Mapping[str, object],
+    prefix: str,
+) -> None:
+    """Write a graph with names as in the checkpoint, complete shapes and its provenance.
 
     Args:
         model: The graph; changed in place.
         path: Where to write; external data go to ``<path>.data``.
+        signature: Shapes of inputs and outputs; fills in dims that the exporter left open. Dims
+            that it fixed stay, so that a wrongly fixed one is found.
         metadata: Written to ``metadata_props`` under ``onnxport.<key>``; values that are no strings
             as JSON.
         prefix: What stands before the exported module's names in the checkpoint, e.g. ``"net."``.
@@ -76,6 +87,8 @@ def write_model(model: ir.Model, path: Path, metadata: Mapping[str, object], pre
         PublishError: If the disk does not take it.
     """
     _rename_initializers(model, prefix)
+    _complete_shapes(model.graph.inputs, signature.inputs)
+    _complete_shapes(model.graph.outputs, signature.outputs)
     model.producer_name = "onnxport"
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -105,6 +118,18 @@ def _rename_initializers(model: ir.Model, prefix: str) -> None:
             if value.const_value is not None:
                 value.const_value.name = renamed
             used.add(renamed)
+
+
+def _complete_shapes(values: Iterable[ir.Value], specs: Iterable[TensorSpec]) -> None:
+    shapes = {spec.name: spec.shape for spec in specs}
+    for value in values:
+        wanted = shapes.get(value.name or "")
+        if wanted is None:
+            continue
+        known = wanted if value.shape is None else value.shape
+        if len(known) == len(wanted):
+            pairs = zip(known, wanted, strict=True)
+            value.shape = ir.Shape(have if isinstance(have, int) else want for have, want in pairs)
 
 
 def publish(staged: Path, final: Path) -> None:

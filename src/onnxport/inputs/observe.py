@@ -129,7 +129,8 @@ class Observer:
     def start(self) -> None:
         """Install the hooks."""
         for name, module in self._watched.items():
-            self._handles += self._watch(name, module)
+            if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+                self._handles += self._watch(name, module)
 
     def stop(self) -> None:
         """Remove the hooks."""

@@ -89,7 +89,13 @@ class Pipeline:
                 nonlocal opset
                 prefix = f"{job.target}." if job.target else ""
                 with _timed(seconds, "write"):
-                    write_model(model, staged, _metadata(job, plan, proof, core), prefix)
+                    write_model(
+                        model,
+                        staged,
+                        signature=plan.signature,
+                        metadata=_metadata(job, plan, proof, core),
+                        prefix=prefix,
+                    )
                 with _timed(seconds, "prove"):
                     checks, opset = proof.judge(staged)
                 return checks

@@ -83,10 +83,10 @@ def _check_value(value: onnx.ValueInfoProto, spec: TensorSpec) -> None:
                 f"Axis {axis} ({expected}) of {spec.name!r} should be dynamic and is fixed to "
                 f"{dim.dim_value} in the graph."
             )
-        if isinstance(expected, int) and fixed and dim.dim_value != expected:
+        if isinstance(expected, int) and (not fixed or dim.dim_value != expected):
+            got = dim.dim_value if fixed else (dim.dim_param or "unknown")
             raise VerificationError(
-                f"Axis {axis} of {spec.name!r} should be {expected} and is {dim.dim_value} in the "
-                "graph."
+                f"Axis {axis} of {spec.name!r} should be {expected} and is {got} in the graph."
             )
 
 

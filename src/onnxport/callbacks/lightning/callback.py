@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     from onnxport.config import CoreName, Precision
     from onnxport.report import ExportReport, Provenance
@@ -185,7 +187,8 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is not None:
-            self._export_at_end(trainer, pl_module)
+            with _never_raises("the export at the end of training"):
+                self._export_at_end(trainer, pl_module)
             best = best_checkpoint(trainer)
             self._session.finish(None if best is None else model_path(best, self.dirpath))
         self._raise_failure(trainer)
@@ -199,14 +202,16 @@ class OnnxExport(metaclass=FrameworkAware):
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         if self._session is None or Path(path).name.startswith(_TUNER_PREFIXES):
             return
-        try:
+        with _never_raises(f"exporting {path}"):
+            if self._wants(trainer, path):
+                self._save(content["state_dict"], path, origin_of(trainer, path))
+
+    def _wants(self, trainer: Any, path: str) -> bool:
+        wanted = True
+        with _never_raises(f"should_export of {path}; it is exported"):
             wanted = self.should_export(trainer, path)
-        except Exception:  # user code inside a save
-            logger.exception("should_export failed for %s; the checkpoint is exported", path)
-            wanted = True
         self._saves += 1
-        if wanted:
-            self._save(content["state_dict"], path, origin_of(trainer, path))
+        return wanted
 
     def _on_removed(self, path: str) -> None:
         if self._session is not None:
@@ -284,6 +289,18 @@ class OnnxExport(metaclass=FrameworkAware):
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
                 raise failure if failure is not None else ExportError(message)
+
+
+@contextmanager
+def _never_raises(what: str) -> Iterator[None]:
+    """The trainer is inside of a save or at its end: log the error, with its traceback, and go on.
+
+    What an export can raise is in its report already; this is for user code and the framework.
+    """
+    try:
+        yield
+    except Exception:
+        logger.exception("onnxport failed at %s. Training goes on.", what)
 
 
 def _ignore(*_: Any) -> None:
