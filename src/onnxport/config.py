@@ -171,12 +171,14 @@ class MLflow:
 
     def __post_init__(self) -> None:
         require_choice("MLflow(policy=)", self.policy, POLICIES)
-        if self.register is not None and not re.fullmatch(r"[^/:]+", self.register):
+        if self.register is not None and not re.fullmatch(
+            r"(?!\s*$|\.{1,2}$)[^/:]+", self.register
+        ):
             raise ConfigurationError(
                 f"A registered model's name must not be empty or hold '/' or ':'; "
                 f"got {self.register!r}."
             )
-        if not re.fullmatch(r"(?!latest$|v\d+$)[A-Za-z0-9_-]{1,255}", self.alias):
+        if not re.fullmatch(r"(?!(?i:latest|v\d+)$)[A-Za-z0-9_-]{1,255}", self.alias):
             raise ConfigurationError(
                 "MLflow(alias=) may hold letters, digits, '-' and '_', and must not be 'latest' or "
                 f"'v<digits>'; got {self.alias!r}."

@@ -7,6 +7,7 @@ is a constant of the call.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -100,7 +101,8 @@ def _items(tree: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(tree, (tuple, list)):
         return list(enumerate(tree))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+        names = [field.name for field in dataclasses.fields(tree)]
+        return [(name, getattr(tree, name)) for name in names if hasattr(tree, name)]
     return None
 
 
@@ -126,11 +128,10 @@ def _container(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
         # Dataclass-like mappings (transformers' ModelOutput) take their fields as keywords.
         if dataclasses.is_dataclass(kind):
             return kind(**items)  # type: ignore[operator]
-        return kind(items)
-    if issubclass(kind, tuple):
-        return kind(*children)
-    if issubclass(kind, list):
-        return kind(children)
+        # The factory is not known any more; without one a missing key is an error, as in a dict.
+        return kind(None, items) if issubclass(kind, defaultdict) else kind(items)
+    if issubclass(kind, (tuple, list)):
+        return kind(*children) if hasattr(kind, "_fields") else kind(children)
     rebuilt = object.__new__(kind)
     for key, child in zip(keys, children, strict=True):
         object.__setattr__(rebuilt, key, child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import re
 import sysconfig
 import traceback
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 _LIBRARIES = tuple(
-    str(Path(package.__file__).parent)
+    f"{Path(package.__file__).parent}{os.sep}"
     for package in (torch, onnxscript)
     if package.__file__ is not None
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _PACKAGES = "site-packages"
-_OWN = str(Path(__file__).parent.parent)
+_OWN = f"{Path(__file__).parent.parent}{os.sep}"
 _PYTHON_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _JIT_FRAME = re.compile(r"(\S+\.py)\((\d+)\): (\w+)")
 _JIT_SOURCE = re.compile(r'File "([^"]+)", line (\d+)\n')

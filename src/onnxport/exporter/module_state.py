@@ -51,7 +51,7 @@ def borrowed(module: nn.Module) -> Iterator[nn.Module]:
     module through :func:`run_borrowed`, which puts other tensors in their place.
     """
     submodules = list(module.modules())
-    attributes = [dict(vars(submodule)) for submodule in submodules]
+    attributes = [_attributes(submodule) for submodule in submodules]
     flags = [submodule.training for submodule in submodules]
     with preserved_rng(), export_context():
         try:
@@ -65,10 +65,25 @@ def borrowed(module: nn.Module) -> Iterator[nn.Module]:
                 submodule.training = flag
 
 
-def _restore(current: dict[str, Any], before: dict[str, Any]) -> None:
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Return each attribute, and for the registries of a module what they hold."""
+    return {
+        name: (value, dict(value) if name in _REGISTRIES and isinstance(value, dict) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(current: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
     for name in current.keys() - before.keys():
         del current[name]
-    current.update(before)
+    for name, (value, held) in before.items():
+        current[name] = value
+        if held is not None:
+            value.clear()
+            value.update(held)
 
 
 def run_borrowed(
@@ -83,15 +98,15 @@ def run_borrowed(
         args: Positional arguments, on the module's device.
         kwargs: Keyword arguments, on the module's device.
     """
-    own = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    tensors: dict[str, torch.Tensor] = {
-        name: _like(state.get(name, tensor), tensor) for name, tensor in own.items()
+    # One name per place: torch would give back the wrong tensor of a module with two names.
+    own = {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, submodule in module.named_modules()
+        for registry in (submodule._parameters, submodule._buffers)  # noqa: SLF001
+        for name, tensor in registry.items()
+        if tensor is not None
     }
-    tensors |= {
-        name: _like(state.get(name, tensor), tensor).detach().clone()
-        for name, tensor in buffers.items()
-    }
+    tensors = {name: _like(state.get(name, tensor), tensor).clone() for name, tensor in own.items()}
     with borrowed(module):
         # Every name is given, tied ones too, so torch need not tie them again.
         return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
@@ -149,7 +164,8 @@ def _clone_structure(module: nn.Module) -> nn.Module:
             return None
         if id(tensor) not in clones:
             data = tensor.detach().clone()
-            clones[id(tensor)] = nn.Parameter(data) if isinstance(tensor, nn.Parameter) else data
+            is_parameter = isinstance(tensor, nn.Parameter)
+            clones[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
         return clones[id(tensor)]  # type: ignore[no-any-return]
 
     def module_clone(original: nn.Module | None) -> nn.Module | None:
@@ -158,7 +174,13 @@ def _clone_structure(module: nn.Module) -> nn.Module:
         if id(original) not in clones:
             clone = object.__new__(type(original))
             clones[id(original)] = clone
-            state = dict(vars(original))
+            # Hooks and other registries of the copy are its own; what they hold is shared.
+            state = {
+                name: copy.copy(value) if isinstance(value, (dict, set)) else value
+                for name, value in vars(original).items()
+            }
+            # A closure over the live module.
+            state.pop("_compiled_call_impl", None)
             for kind in ("_parameters", "_buffers"):
                 state[kind] = {n: tensor_clone(t) for n, t in vars(original)[kind].items()}
             state["_modules"] = {n: module_clone(m) for n, m in vars(original)["_modules"].items()}

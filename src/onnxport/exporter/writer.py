@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def write_model(
     )
     external = path.name + DATA_SUFFIX if size > EXTERNAL_DATA_BYTES else None
     try:
+        path.with_name(path.name + DATA_SUFFIX).unlink(missing_ok=True)
         ir.save(model, path, external_data=external)
         for file in model_files(path):
             _sync(file)
@@ -109,7 +110,7 @@ def write_model(
 
 def _rename_initializers(model: ir.Model, prefix: str) -> None:
     """Give weights the names that they have in the checkpoint."""
-    used = set(model.graph.initializers)
+    used = {value.name for value in _values(model.graph)}
     for name in list(model.graph.initializers):
         renamed = prefix + name.removeprefix(PREFIX)
         if name.startswith(PREFIX) and renamed not in used:
@@ -132,6 +133,13 @@ def _complete_shapes(values: Iterable[ir.Value], specs: Iterable[TensorSpec]) ->
             value.shape = ir.Shape(have if isinstance(have, int) else want for have, want in pairs)
 
 
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.initializers.values()
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
 def publish(staged: Path, final: Path) -> None:
     """Bring a proven model under its final name, data first.
 
@@ -142,7 +150,10 @@ def publish(staged: Path, final: Path) -> None:
     try:
         if staged_data.exists():
             staged_data.replace(final_data)
-            staged.replace(final)
+            with ExitStack() as undo:
+                undo.callback(final_data.unlink, missing_ok=True)
+                staged.replace(final)
+                undo.pop_all()
         else:
             staged.replace(final)
             final_data.unlink(missing_ok=True)

@@ -101,18 +101,24 @@ def declared_axes(
     }
     for name, dims in given.items():
         rank = example[names.index(name)].ndim
-        if any(not 0 <= axis < rank for axis in dims):
+        wrong = [axis for axis in dims if not 0 <= axis < rank]
+        if wrong:
             raise ConfigurationError(
-                f"dynamic_axes names axis {max(dims)} of input {name!r}, which has {rank} axes."
+                f"dynamic_axes names axis {wrong[0]} of input {name!r}, which has {rank} axes; "
+                "they are counted from 0."
             )
     inputs = tuple(given.get(name, {}) for name in names)
     base = run(example)
     outputs: list[dict[int, str]] = [{} for _ in base]
     evidence = []
     for dim in dict.fromkeys(dim for dims in inputs for dim in dims.values()):
-        size = next(
-            x.shape[a] for x, d in zip(example, inputs, strict=True) for a in d if d[a] == dim
-        )
+        sizes = {x.shape[a] for x, d in zip(example, inputs, strict=True) for a in d if d[a] == dim}
+        if len(sizes) > 1:
+            raise ConfigurationError(
+                f"dynamic_axes gives {dim!r} to axes of sizes {sorted(sizes)!r} in the example. "
+                "Give axes that may differ different names."
+            )
+        (size,) = sizes
         index = torch.arange(2 * size + 1) % size
         grown = [
             take(x, [axis for axis, name in dims.items() if name == dim], index)
@@ -208,9 +214,9 @@ def _probe_batch(run: Run, call: Tensors, plan: AxisPlan, output_names: Sequence
         weak = weak or found
     if weak is not None:
         return weak
-    return replace(
-        plan, warnings=(*plan.warnings, "No batch axis was found: all sizes are static.")
-    )
+    rest = "the other" if plan.evidence else "all"
+    text = f"No batch axis was found: {rest} sizes are static."
+    return replace(plan, warnings=(*plan.warnings, text))
 
 
 def _candidates(call: Tensors, known: Axes) -> Iterator[dict[int, int]]:
@@ -237,9 +243,15 @@ def _all_candidates(call: Tensors, known: Axes) -> Iterator[dict[int, int]]:
                     for place, axes in enumerate(free)
                 }
                 yield {place: a for place, a in firsts.items() if a is not None}
-    for place, axes in enumerate(free):
-        if axes.get(0, 0) > 0:
-            yield {place: 0}
+                yield from _subsets([p for p, axes in enumerate(free) if axes.get(0) == size])
+
+
+def _subsets(places: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Yield what is left when one input or all but one have the batch's size by accident."""
+    for left_out in reversed(places):
+        yield {place: 0 for place in places if place != left_out}
+    for place in places:
+        yield {place: 0}
 
 
 def _probe(

@@ -58,7 +58,8 @@ def output_names(
     if given is not None:
         return _given("Inputs(output_names=)", given, len(paths))
     names = _unique([("output", *path) for path in paths], "output")
-    return tuple(f"{name}_out" if name in taken else name for name in names)
+    apart = [f"{name}_out" if name in taken else name for name in names]
+    return tuple(_numbered(apart, taken))
 
 
 def _given(argument: str, names: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -112,8 +113,8 @@ def _join(path: Path, fallback: str) -> str:
     return f"{fallback}_{name}" if name[0].isdigit() else name
 
 
-def _numbered(names: Sequence[str]) -> list[str]:
-    used: set[str] = set()
+def _numbered(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    used = set(taken)
     result = []
     for name in names:
         unique, number = name, 1

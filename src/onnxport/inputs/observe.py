@@ -142,7 +142,11 @@ class Observer:
     def begin_batch(self, batch: Any) -> None:
         """Note which tensors come from the data loader; also the start of a step."""
         self._inside.clear()
-        self._batch = {_address(tensor) for _, tensor in flatten(batch)[1]}
+        try:
+            self._batch = {_address(tensor) for _, tensor in flatten(batch)[1]}
+        except Exception:  # a batch may be any object of the user's
+            self._batch = set()
+            logger.debug("The tensors of a batch could not be listed.", exc_info=True)
 
     def choose(self) -> str | None:
         """Return the name of what should be exported, or ``None`` if nothing was called.

@@ -171,7 +171,7 @@ def read_report(path: Path) -> ExportReport | None:
     """Read the report beside a model; ``None`` if there is none of ours."""
     try:
         return ExportReport.from_json(report_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
