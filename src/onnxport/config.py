@@ -85,7 +85,7 @@ class Tolerance:
         factor: Dimensionless; at least 1.
         atol: If given (with ``rtol`` or alone), replaces the measured budget: in units of the
             output.
-        rtol: Dimensionless, times the largest absolute value of the output.
+        rtol: Dimensionless, times the absolute value of each element.
 
     Raises:
         ConfigurationError: If a value is negative or ``factor`` is below 1.

@@ -65,10 +65,11 @@ class OutputError:
 
     Args:
         name: Name of the output.
-        max_abs_error: Largest absolute difference from the float64 reference (or from PyTorch's
-            own output where there is none), in units of the output.
-        budget: What it may be.
-        ok: ``max_abs_error <= budget``, and equal shapes, dtypes and places of NaN and infinity.
+        max_abs_error: Absolute difference from the float64 reference (or from PyTorch's own output
+            where there is none), in units of the output, at the element that uses most of its
+            budget.
+        budget: What it may be there.
+        ok: Every element is within its budget; equal shapes, dtypes and places of NaN and infinity.
         reason: Why not, in words.
     """
 

@@ -77,10 +77,10 @@ class Proof:
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The widest budget of each output, in units of the output."""
+        """The widest budget of any element of each output, in units of the output."""
         names = [spec.name for spec in self._plan.signature.outputs]
         return {
-            name: max(case.references[place].budget for case in self.cases)
+            name: max(_widest(case.references[place]) for case in self.cases)
             for place, name in enumerate(names)
         }
 
@@ -233,6 +233,11 @@ def _run_double(flat: FlatModule, inputs: Sequence[Tensors]) -> list[Tensors | N
     except Exception:
         logger.debug("the module does not run in float64", exc_info=True)
         return [None] * len(inputs)
+
+
+def _widest(reference: Reference) -> float:
+    budget = torch.as_tensor(reference.budget)
+    return float(budget.max()) if budget.numel() else 0.0
 
 
 def _where(sizes: Mapping[str, int], rows: str) -> str:

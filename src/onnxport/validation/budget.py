@@ -4,6 +4,9 @@ PyTorch runs in float64 on the same rows. Its own float32 result is some distanc
 is what rounding costs this network on these rows; ONNX Runtime, which rounds in another order, may
 be a small factor further away. A network that amplifies rounding gets a wide budget, a plain one a
 narrow one, and a wrong weight fits in neither.
+
+The budget is per element, relative to the element itself or, for small ones, to the typical size of
+the output. The largest value would not do: one masked logit of -1e9 would allow anything.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Reference", "make_references"]
 
 FLOOR_EPS = 32
-"""The least budget, in units of the dtype's epsilon at the largest value of the output: PyTorch's
-own error may be smaller than usual by luck when there are few elements."""
+"""The least relative budget, in units of the dtype's epsilon: PyTorch's own error may be smaller
+than usual by luck when there are few elements."""
 
 TABLE_EPS = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Relative to the output's largest value, where the module does not run in float64."""
+"""Relative budgets where the module does not run in float64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +38,14 @@ class Reference:
     Args:
         expected: PyTorch's output, for shape and dtype.
         exact: The float64 output where there is one, else ``expected``.
-        budget: Allowed largest absolute distance from ``exact``, in units of the output.
+        budget: Allowed absolute distance from ``exact``, in units of the output: for each element,
+            or one number for all.
         source: ``"float64"`` or ``"table"``.
     """
 
     expected: torch.Tensor
     exact: torch.Tensor
-    budget: float
+    budget: torch.Tensor | float
     source: str
 
 
@@ -75,47 +79,43 @@ def make_references(
 def _pooled_noise(
     runs: Sequence[Sequence[torch.Tensor]], doubles: Sequence[Sequence[torch.Tensor] | None]
 ) -> list[float]:
-    """For each output, the largest error of PyTorch in any run, relative to the largest value."""
-    count = max((len(run) for run in runs), default=0)
-    noise = [0.0] * count
+    """For each output, the largest relative error of PyTorch in any run."""
+    noise = [0.0] * max((len(run) for run in runs), default=0)
     for run, double in zip(runs, doubles, strict=True):
         for place, (out, exact) in enumerate(zip(run, double or (), strict=False)):
-            if out.shape == exact.shape:
-                scale = _scale(exact)
-                error = _max_error(out, exact)
-                noise[place] = max(noise[place], error / scale if scale else 0.0)
+            if out.shape == exact.shape and out.numel():
+                error = (_finite(out) - _finite(exact)).abs() / _magnitude(exact)
+                noise[place] = max(noise[place], float(error.nan_to_num(nan=0.0).max()))
     return noise
 
 
 def _reference(
     out: torch.Tensor, double: torch.Tensor | None, noise: float, tolerance: Tolerance
 ) -> Reference:
-    usable = double is not None and double.shape == out.shape
-    exact = double if usable and double is not None else out
-    scale = _scale(exact)
-    source = "float64" if usable else "table"
+    exact = out if double is None or double.shape != out.shape else double
+    source = "table" if exact is out else "float64"
+    budget: torch.Tensor | float
     if tolerance.atol is not None or tolerance.rtol is not None:
-        budget = (tolerance.atol or 0.0) + (tolerance.rtol or 0.0) * scale
-    elif not out.is_floating_point():
+        budget = (tolerance.atol or 0.0) + (tolerance.rtol or 0.0) * _finite(exact).abs()
+    elif not (out.is_floating_point() or out.is_complex()):
         budget = 0.0  # an argmax that float64 decides otherwise is a tie: see parity
-    elif not usable or noise < torch.finfo(out.dtype).eps / 64:
-        # No float64 error at all over many values: the module computes in its own precision.
-        budget = TABLE_EPS.get(out.dtype, 1e-3) * scale
-        source = "table" if not usable else source
     else:
         eps = torch.finfo(out.dtype).eps
-        budget = (tolerance.factor * noise + FLOOR_EPS * eps) * scale
+        relative = tolerance.factor * noise + FLOOR_EPS * eps
+        if source == "table" or noise < eps / 64:
+            # No float64 error at all over many values: the module computes in its own precision.
+            relative = TABLE_EPS.get(out.dtype, 1e-3)
+        budget = relative * _magnitude(exact)
     return Reference(expected=out, exact=exact, budget=budget, source=source)
+
+
+def _magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """The size of each element, but at least the typical size: the median of those not zero."""
+    size = _finite(tensor).abs()
+    present = size[size > 0]
+    return size.clamp(min=float(present.median())) if present.numel() else size
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     wide = tensor.to(torch.float64) if not tensor.is_complex() else tensor.abs().to(torch.float64)
     return wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _scale(tensor: torch.Tensor) -> float:
-    return float(_finite(tensor).abs().max()) if tensor.numel() else 0.0
-
-
-def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((_finite(a) - _finite(b)).abs().max()) if a.numel() else 0.0
