@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -126,7 +127,10 @@ def served(root: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits@champion"]
     command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(root)}
+    # MLflow starts the server by its bare name: this environment's programs must be found first,
+    # also where nobody activated it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(root), "PATH": path}
     log = (root / "serve.log").open("w")
     with (
         log,
@@ -135,22 +139,23 @@ def served(root: Path) -> Iterator[str]:
         ) as server,
     ):
         try:
-            wait_for(f"http://127.0.0.1:{port}/ping", server)
+            wait_for(f"http://127.0.0.1:{port}/ping", server, Path(log.name))
             yield f"http://127.0.0.1:{port}/invocations"
         finally:
-            os.killpg(server.pid, 15)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself, which was said
+                os.killpg(server.pid, signal.SIGTERM)
 
 
-def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 60) -> None:
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
     """Wait until a server answers."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError("the model server stopped; see serve.log")
+            raise RuntimeError(f"the model server stopped:\n{log.read_text()[-2000:]}")
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.2)
-    raise TimeoutError(f"{url} did not answer within {seconds} s; see serve.log")
+    raise TimeoutError(f"{url} did not answer within {seconds} s; see {log}")
 
 
 def ask(url: str, images: torch.Tensor) -> torch.Tensor:
@@ -218,7 +223,7 @@ def main() -> None:
     best = checkpoints.best_model_path
     check_served_answers(root, best)
     print(f"models, reports and store: {root}")
-    print(f"look around: mlflow ui --backend-store-uri {tracking_uri(root)}")
+    print(f"look around: {sys.executable} -m mlflow ui --backend-store-uri {tracking_uri(root)}")
 
 
 if __name__ == "__main__":
