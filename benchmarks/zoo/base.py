@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils import _pytree as pytree
 
-from onnxport import Example
-
 if TYPE_CHECKING:
     from torch import nn
+
+    from onnxport import Example
 
 __all__ = ["Case", "Sizes"]
 
@@ -60,8 +60,8 @@ class Case:
         base = dict(self.observed[0])
         found: dict[str, dict[int, str]] = {}
         before = _shapes(self.call(**base))
-        for dim in base:
-            other = next((s[dim] for s in self.fresh if s[dim] != base[dim]), base[dim])
+        for dim, usual in base.items():
+            other = next((s[dim] for s in self.fresh if s[dim] != usual), usual)
             after = _shapes(self.call(**base | {dim: other}))
             for leaf, shape in before.items():
                 for axis, size in enumerate(shape):
