@@ -165,7 +165,8 @@ def _markdown(about: dict[str, Any], figures: dict[str, Any], table: Table) -> I
     yield f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}.\n"
     yield (
         "Raw exports get their axes by hand, onnxport gets no argument. Each model is compared "
-        "with eager PyTorch in ONNX Runtime (CPU) at sizes and values that no export has seen. *right*: "
+        "with eager PyTorch in ONNX Runtime (CPU) at sizes and values that no export has seen. "
+        "*right*: "
         "all agree and every axis that varies is dynamic; *static*: right, but an axis is fixed; "
         "*wrong*: a file that does not load, fails or disagrees at a size where PyTorch runs; "
         "*failed*: no file, with a reason.\n"
