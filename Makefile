@@ -9,11 +9,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := .install.log
 TEST_ARGS ?=
+ZOO := .venv-zoo
+ZOO_STAMP := $(ZOO)/.installed
+ZOO_LOG := .install-zoo.log
+COVERAGE_ARGS ?=
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test check screenshots bench clean
+.PHONY: install demo test check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -47,5 +51,24 @@ screenshots: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/baseline.py
 
+# torchvision imports beside the CPU build of torch only with what the .pth file loads.
+$(ZOO_STAMP): pyproject.toml constraints.txt benchmarks/zoo/requirements.txt \
+              benchmarks/zoo/torchvision_operators.py
+	@echo "onnxport: installing into $(ZOO) ..."
+	@start=$$(date +%s); \
+	 { $(PYTHON) -m venv $(ZOO) && \
+	   $(ZOO)/bin/python -m pip install --upgrade "pip>=25.1" && \
+	   $(ZOO)/bin/python -m pip install -c constraints.txt -e ".[all]" --group test && \
+	   $(ZOO)/bin/python -m pip install --no-deps -r benchmarks/zoo/requirements.txt && \
+	   site=$$($(ZOO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	   cp benchmarks/zoo/torchvision_operators.py "$$site" && \
+	   echo "import torchvision_operators" > "$$site/torchvision_operators.pth"; \
+	 } > $(ZOO_LOG) 2>&1 || { tail -30 $(ZOO_LOG); exit 1; }; \
+	 touch $(ZOO_STAMP); \
+	 echo "onnxport: environment in $(ZOO), log in $(ZOO_LOG), took $$(( $$(date +%s) - start )) s"
+
+coverage: $(ZOO_STAMP)
+	$(ZOO)/bin/python benchmarks/coverage.py $(COVERAGE_ARGS)
+
 clean:
-	rm -rf $(VENV) runs $(LOG) .imports.log
+	rm -rf $(VENV) $(ZOO) runs $(LOG) $(ZOO_LOG) .imports.log
