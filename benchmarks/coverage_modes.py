@@ -151,6 +151,14 @@ def _bound(module: nn.Module, example: Example) -> dict[str, Any]:
     return dict(signature.bind(*example.args, **dict(example.kwargs)).arguments)
 
 
+def _positional(example: Example) -> tuple[Any, ...]:
+    """Give the positional arguments as ``torch.onnx.export`` wants them.
+
+    A dict as the last of them is taken for keyword arguments, unless another dict follows.
+    """
+    return tuple(example.args) if example.kwargs else (*example.args, {})
+
+
 def _raw_dynamo(case: Case, module: nn.Module, path: Path) -> Row:
     example = _example(case)
     queue = iter(axes(case))
@@ -162,8 +170,8 @@ def _raw_dynamo(case: Case, module: nn.Module, path: Path) -> Row:
     started = time.perf_counter()
     program = torch.onnx.export(
         module,
-        tuple(example.args),
-        kwargs=dict(example.kwargs),
+        _positional(example),
+        kwargs=dict(example.kwargs) or None,
         dynamo=True,
         dynamic_shapes=shapes if wanted else None,
         verbose=False,
@@ -204,12 +212,10 @@ def _raw_torchscript(case: Case, module: nn.Module, path: Path) -> Row:
     order = [by_id[id(t)] for t in tensors(_bound(module, example)) if id(t) in by_id]
     names = [f"in{index}" for index in order]
     dynamic = {f"in{index}": queue[index] for index in order if queue[index]}
-    # A dict as the last positional argument is taken for keyword arguments.
-    args = (*example.args, {}) if not example.kwargs else tuple(example.args)
     started = time.perf_counter()
     torch.onnx.export(
         module,
-        args,
+        _positional(example),
         str(path),
         kwargs=dict(example.kwargs) or None,
         dynamo=False,
@@ -323,6 +329,10 @@ def _judge_size(
     example = seeded_call(case, sizes, seed)
     flat = tensors(inputs_of(example))
     values = [to_numpy(t) for t in flat]
+    leaked = _leaked(case, session, names)
+    names = [*(names or []), *leaked]
+    values += [to_numpy(number) for number in leaked.values()]
+    flat, wanted = [*flat, *leaked.values()], [*wanted, *({} for _ in leaked)]
     indices = _match(session, names, flat)
     if indices is None:
         return f"inputs {[i.name for i in session.get_inputs()]} do not match {len(flat)} tensors"
@@ -333,7 +343,7 @@ def _judge_size(
         if clash:
             return ""
     try:
-        references = Reference(case, example, flat)
+        references = Reference(case, example)
     except Exception as error:  # noqa: BLE001 - PyTorch itself refuses this call
         row["skipped"].append(f"{_text(sizes)}: {first_line(error)}")
         return ""
@@ -343,6 +353,9 @@ def _judge_size(
     except Exception as error:  # noqa: BLE001
         return f"ONNX Runtime: {first_line(error)}"
     worst, reason = references.compare(outputs)
+    if reason and references.is_random():
+        row["random"] = True
+        return f"PyTorch itself is random in eval mode; {reason}"
     if not reason:
         row["checked"].append(dict(sizes))
         row["max_error"] = max(row["max_error"], worst)
@@ -354,6 +367,22 @@ def to_numpy(tensor: torch.Tensor) -> Any:
     if value.dtype == torch.bfloat16:
         return value.float().numpy()
     return value.resolve_conj().resolve_neg().numpy().copy()
+
+
+def _leaked(
+    case: Case, session: ort.InferenceSession, names: list[str] | None
+) -> dict[str, torch.Tensor]:
+    """Numbers that ``forward`` has by default and the tracer made inputs of the model."""
+    known = {name.lower() for name in names or []}
+    extra = {i.name for i in session.get_inputs() if i.name.lower() not in known}
+    if not extra or not known:
+        return {}
+    parameters = inspect.signature(seeded_module(case).forward).parameters
+    return {
+        name: torch.tensor(parameter.default)
+        for name, parameter in parameters.items()
+        if name in extra and isinstance(parameter.default, (bool, int, float))
+    }
 
 
 def _match(
@@ -401,13 +430,11 @@ class Reference:
     Args:
         case: The case; a fresh module is built, so state of earlier calls has no effect.
         example: The call.
-        flat: Its tensors.
     """
 
-    def __init__(self, case: Case, example: Example, flat: list[torch.Tensor]) -> None:
+    def __init__(self, case: Case, example: Example) -> None:
         self._case = case
         self._kept = copy.deepcopy(inputs_of(example))
-        del flat
         self._output = _eager(seeded_module(case), self._kept)
         self._noise: list[float] | None = None
 
@@ -422,6 +449,12 @@ class Reference:
         if results:
             return results[0]
         return 0.0, f"{len(outputs)} outputs, PyTorch gives {len(tensors(self._output))} tensors"
+
+    def is_random(self) -> bool:
+        """Whether PyTorch gives other numbers under another seed."""
+        again = tensors(_eager(seeded_module(self._case), self._kept, seed=4))
+        pairs = zip(tensors(self._output), again, strict=False)
+        return any(_difference(a, to_numpy(b))[0] > TOLERANCE for a, b in pairs)
 
     def _candidates(self) -> list[list[torch.Tensor]]:
         """Orders in which an exporter may put the outputs."""
@@ -538,10 +571,13 @@ def latency(case: Case, folder: Path, modes: list[str], names: dict[str, Any]) -
     runs = {}
     for mode in modes:
         session = open_session(folder / f"{mode}.onnx")
-        indices = _match(session, names.get(mode), flat)
+        leaked = _leaked(case, session, names.get(mode))
+        every = values + [to_numpy(number) for number in leaked.values()]
+        given = [*(names.get(mode) or []), *leaked]
+        indices = _match(session, given, [*flat, *leaked.values()])
         if indices is None:
             return {}
-        feeds = {i.name: values[k] for i, k in zip(session.get_inputs(), indices, strict=True)}
+        feeds = {i.name: every[k] for i, k in zip(session.get_inputs(), indices, strict=True)}
         runs[mode] = (session, feeds)
         for _ in range(3):
             session.run(None, feeds)

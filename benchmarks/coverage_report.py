@@ -71,13 +71,17 @@ def summarise(table: Table) -> dict[str, Any]:
     neither = {
         case: m
         for case, m in full.items()
-        if case not in union and not m["onnxport"]["inexpressible"]
+        if case not in union
+        and not m["onnxport"]["inexpressible"]
+        and not any(row.get("random") for row in m.values())
     }
     wrong = [case for case, m in table.items() if _is(m, "onnxport", "wrong")]
     return {
         "cases": len(table),
         "ours": sum(next(iter(m.values()))["ours"] for m in table.values()),
         "in_all_modes": len(full),
+        "inexpressible": sorted(c for c, m in full.items() if m["onnxport"]["inexpressible"]),
+        "random": sorted(c for c, m in full.items() if any(r.get("random") for r in m.values())),
         "raw_dynamo_right": sum(_is(m, "raw_dynamo") for m in full.values()),
         "raw_torchscript_right": sum(_is(m, "raw_torchscript") for m in full.values()),
         "union_right": len(union),
@@ -178,6 +182,10 @@ def _markdown(about: dict[str, Any], figures: dict[str, Any], table: Table) -> I
     yield from _cases(table)
     yield "\n## What onnxport does not export right\n"
     yield from _failures(table, ("onnxport",))
+    cannot = [(c, m) for c, m in table.items() if next(iter(m.values()))["inexpressible"]]
+    yield "\n## What ONNX cannot express\n"
+    yield from (f"- {case}: {next(iter(m.values()))['inexpressible']}" for case, m in cannot)
+    yield from (f"- {case}: random in eval mode" for case in figures["random"])
     yield "\n## What the raw cores do not export right\n"
     yield from _failures(table, RAW)
 

@@ -158,10 +158,10 @@ class HardRouting(nn.Module):
 class DictModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.meta = nn.Linear(WIDTH, 8), nn.Embedding(10, 8)
+        self.body, self.table = nn.Linear(WIDTH, 8), nn.Embedding(10, 8)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        hidden = self.body(batch["features"]) + self.meta(batch["category"])
+        hidden = self.body(batch["features"]) + self.table(batch["category"])
         return {"logits": hidden, "probability": hidden.softmax(-1), "label": hidden.argmax(-1)}
 
 
