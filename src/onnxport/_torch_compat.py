@@ -8,18 +8,24 @@ import sys
 import tempfile
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
 
 import torch
+from torch._subclasses import fake_tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "DEFAULT_OPSET",
+    "FAKE_TENSOR_LIMITS",
     "MAX_TORCHSCRIPT_OPSET",
+    "CapturedOutput",
     "captured_output",
     "export_context",
+    "fake_tensors",
     "is_compiled_forward",
 ]
 
@@ -53,13 +59,30 @@ def export_context() -> Iterator[None]:
         yield
 
 
+MAX_CAPTURED = 4_000_000
+"""Characters of output that are kept of one export."""
+
+
+@dataclass(slots=True)
+class CapturedOutput:
+    """What was printed in a block; complete when the block was left.
+
+    Args:
+        text: Everything that Python and C++ wrote, and every warning with its file and line.
+    """
+
+    text: str = ""
+
+
 @contextmanager
-def captured_output() -> Iterator[None]:
+def captured_output() -> Iterator[CapturedOutput]:
     """Keep what exporters print, from Python and from C++, out of the user's terminal.
 
     A failed TorchScript export prints its whole graph to file descriptor 1 from C++, and dynamo
-    logs the code that it gave up on. What is printed in the block goes to the debug log.
+    logs the code that it gave up on. What is printed in the block goes to the debug log. Warnings
+    are printed there too: the tracer's name the line of a branch that it froze.
     """
+    captured = CapturedOutput()
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as sink,
         ExitStack() as stack,
@@ -72,12 +95,47 @@ def captured_output() -> Iterator[None]:
             os.dup2(sink.fileno(), descriptor)
         stack.enter_context(redirect_stdout(sink))
         stack.enter_context(redirect_stderr(sink))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always")
+        # A hook of the user's or of a test runner would show them elsewhere.
+        warnings.showwarning = _print_warning
         try:
-            yield
+            yield captured
         finally:
             sink.flush()
             sink.seek(0)
-            logger.debug("%s", sink.read())
+            captured.text = sink.read(MAX_CAPTURED)
+            logger.debug("%s", captured.text)
+
+
+def _print_warning(  # noqa: PLR0913, PLR0917 - the signature of warnings.showwarning
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
+FAKE_TENSOR_LIMITS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+"""What fake tensors raise when a value would be needed: it says nothing of the module."""
+
+
+@contextmanager
+def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Give tensors that have the shapes and no values; modules run on them compute nothing."""
+    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
 
 
 def is_compiled_forward(forward: object) -> bool:

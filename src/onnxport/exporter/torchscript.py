@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from onnxport._torch_compat import MAX_TORCHSCRIPT_OPSET
+from onnxport.exporter.control_flow import scripted_parts, without_raising_properties
 from onnxport.exporter.flat import FlatModule
 
 if TYPE_CHECKING:
@@ -22,14 +22,32 @@ __all__ = ["ScriptCore", "TraceCore"]
 
 @dataclass(frozen=True, slots=True)
 class TraceCore:
-    """Records the operators of one run; Python control flow is frozen as that run took it."""
+    """Records the operators of one run; Python control flow is frozen as that run took it.
 
+    Args:
+        scripted: Compile the submodules that branch first, so that their control flow stays.
+    """
+
+    scripted: bool = False
     name: str = "trace"
-    variant: str = ""
+
+    @property
+    def variant(self) -> str:
+        """``"branching parts scripted"`` or ``""``."""
+        return "branching parts scripted" if self.scripted else ""
 
     def export(self, request: ExportRequest) -> ir.Model:
-        """Return the traced graph."""
-        return _export(request, request.module)
+        """Return the traced graph.
+
+        Raises:
+            RuntimeError: If parts should be compiled and there is none that can be.
+        """
+        if not self.scripted:
+            return _export(request, request.module)
+        with scripted_parts(request.module) as count:
+            if count == 0:
+                raise RuntimeError("no submodule that branches can be compiled by torch.jit.script")
+            return _export(request, _traced(request.module, request.args))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +62,14 @@ class ScriptCore:
 
     def export(self, request: ExportRequest) -> ir.Model:
         """Return the scripted graph."""
-        scripted = torch.jit.script(_without_raising_properties(request.module.module))
+        scripted = torch.jit.script(without_raising_properties(request.module.module))
         flat = FlatModule(scripted, request.module.spec)
-        traced = torch.jit.trace(flat, request.args, check_trace=False)  # type: ignore[no-untyped-call]
-        return _export(replace(request, module=flat), traced)
+        return _export(replace(request, module=flat), _traced(flat, request.args))
 
 
-def _without_raising_properties(module: torch.nn.Module) -> torch.nn.Module:
-    """Hide properties that cannot be read, in place, on a copy that belongs to the export.
-
-    The script compiler reads every attribute, ``forward`` uses it or not, and a property that
-    raises (one that needs a trainer, say) would end it.
-    """
-    for submodule in module.modules():
-        hidden = {name: None for name in _properties(type(submodule)) if _raises(submodule, name)}
-        if hidden:
-            kind = type(submodule)
-            submodule.__class__ = type(kind.__name__, (kind,), hidden | {"__doc__": kind.__doc__})
-    return module
-
-
-def _properties(kind: type) -> list[str]:
-    return [name for name, value in inspect.getmembers_static(kind) if isinstance(value, property)]
-
-
-def _raises(module: torch.nn.Module, name: str) -> bool:
-    try:
-        getattr(module, name)
-    except AttributeError:
-        return False  # the compiler takes it for missing
-    except Exception:  # noqa: BLE001 - a property is user code
-        return True
-    return False
+def _traced(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    # torch.onnx's own tracer does not take scripted modules, so trace first.
+    return torch.jit.trace(module, args, check_trace=False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:

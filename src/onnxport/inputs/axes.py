@@ -1,68 +1,74 @@
 """Find the axes that may vary, with the evidence for each.
 
 Strongest first: sizes that differed between observed calls; then the permute-and-repeat test, which
-runs the module once more on real rows, shuffled and repeated. If every output either stays as it
-was or moves along exactly one axis to the new size *with the rows where they should be*, then the
-module accepts other batch sizes, that output axis follows, and rows are independent. Sizes that are
-equal by accident fail it.
+finds the batch when all calls had one batch size. Which output axes follow is read off runs in
+which one dimension at a time has another size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from onnxport.errors import ConfigurationError, InputInferenceError
-from onnxport.inputs.resize import take
+from onnxport.inputs.batch import BASE_ROWS, BatchFinding, find_batch, probe
+from onnxport.inputs.dims import (
+    BATCH,
+    AxisPlan,
+    Dim,
+    dim_name,
+    follows,
+    grown,
+    size_of,
+)
+from onnxport.inputs.resize import negate
+from onnxport.inputs.varied import stepped, untied, varied_dims
 from onnxport.report import AxisEvidence
 
 if TYPE_CHECKING:
-    from onnxport.signature import Axes
+    from onnxport.inputs.dims import Place, Run, Shapes, Tensors
 
-__all__ = ["AxisPlan", "declared_axes", "infer_axes"]
+__all__ = ["AxisPlan", "Module", "declared_axes", "infer_axes"]
 
-Tensors = tuple[torch.Tensor, ...]
-Run = Callable[[Tensors], Tensors]
-
-BASE_ROWS = 5
-"""Rows of the batch that the test is run on; one run of these and one of twice as many and one."""
-BATCH = "batch"
-IMAGE_RANK = 4
-SEQUENCE_RANKS = (2, 3)
+DEPENDENT = "Rows of a batch depend on each other: the result of a row changes with its batch."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AxisPlan:
-    """Which axes are dynamic, and why.
+class Module:
+    """What inference needs to know of a module.
 
     Args:
-        inputs: The dynamic axes of each input.
-        outputs: The dynamic axes of each output.
-        batch: Name of the dimension along which rows are independent or at least accepted.
-        evidence: One entry per symbolic dimension.
-        warnings: What could not be shown.
+        run: Runs it in eval mode: flat tensors in, flat tensors out.
+        shapes: Gives the shapes of its outputs for some inputs, or ``None`` where it refuses them;
+            default: by running it.
+        names: Names of its inputs.
+        output_names: Names of its outputs.
     """
 
-    inputs: Axes
-    outputs: Axes
-    batch: str | None = None
-    evidence: tuple[AxisEvidence, ...] = ()
-    warnings: tuple[str, ...] = ()
+    run: Run
+    names: Sequence[str]
+    output_names: Sequence[str]
+    shapes: Shapes | None = None
+
+    @property
+    def shapes_of(self) -> Shapes:
+        """``shapes``, or the module run for its shapes."""
+        return self.shapes if self.shapes is not None else self._run_for_shapes
+
+    def _run_for_shapes(self, tensors: Tensors) -> tuple[tuple[int, ...], ...] | None:
+        try:
+            return tuple(tuple(tensor.shape) for tensor in self.run(tensors))
+        except Exception:  # noqa: BLE001 - a module may refuse another size with any error
+            return None
 
 
-def infer_axes(
-    run: Run, calls: Sequence[Tensors], names: Sequence[str], output_names: Sequence[str]
-) -> AxisPlan:
+def infer_axes(module: Module, calls: Sequence[Tensors]) -> AxisPlan:
     """Find the dynamic axes of a module from calls that it got.
 
     Args:
-        run: Runs the module in eval mode: flat tensors in, flat tensors out.
+        module: What to run, and the names of its inputs and outputs.
         calls: Observed calls of one structure; the first one is probed.
-        names: Names of the inputs.
-        output_names: Names of the outputs.
 
     Returns:
         The plan; without any dynamic axis when none was found.
@@ -72,22 +78,177 @@ def infer_axes(
     """
     if not calls:
         raise InputInferenceError("No call of the model was observed, so nothing can be inferred.")
-    plan = _varied(run, calls, names, output_names)
-    return plan if plan.batch is not None else _probe_batch(run, calls[0], plan, output_names)
+    varied = varied_dims(calls, module.names)
+    batch = find_batch(module.run, calls[0], varied, module.output_names)
+    plan = _Draft(module, calls[0])
+    if batch is None:
+        rest = "the other" if varied else "all"
+        plan.warnings.append(f"No batch axis was found: {rest} sizes are static.")
+    else:
+        seen = next((d for d in varied if set(batch.places) & set(d.places)), None)
+        plan.add_batch(batch, seen)
+        _add_second_batch(plan, batch, varied)
+    for dim in _rest(varied, plan.places):
+        for part in untied(plan.shapes, plan.small, dim, module.names):
+            plan.add(stepped(plan.shapes, plan.small, part))
+    plan.add_data_dependent_sizes(calls)
+    return plan.done()
+
+
+def _add_second_batch(plan: _Draft, batch: BatchFinding, varied: Sequence[Dim]) -> None:
+    """Inputs with a batch of their own that had the same size by accident: texts and images."""
+    call, (place, axis) = plan.call, batch.places[0]
+    size = call[place].shape[axis]
+    others = tuple(
+        (place, 0)
+        for place, tensor in enumerate(call)
+        if tensor.ndim and tensor.shape[0] == size and place not in {p for p, _ in batch.places}
+    )
+    if not others or {p for d in varied for p in d.places} & set(others):
+        return
+    found = probe(plan.module.run, plan.small, others, plan.module.output_names)
+    if found is not None and found.independent:
+        plan.add_batch(found, None)
+
+
+def _rest(varied: Sequence[Dim], taken: set[Place]) -> list[Dim]:
+    left = [
+        replace(dim, places=tuple(place for place in dim.places if place not in taken))
+        for dim in varied
+    ]
+    return [dim for dim in left if dim.places]
+
+
+class _Draft:
+    """A plan in the making, on a call with few rows."""
+
+    def __init__(self, module: Module, call: Tensors) -> None:
+        self.module = module
+        self.call = call
+        self.small = call
+        self.warnings: list[str] = []
+        self._inputs: list[dict[int, str]] = [{} for _ in call]
+        self._outputs: list[dict[int, str]] = [{} for _ in module.output_names]
+        self._evidence: list[AxisEvidence] = []
+        self._steps: dict[str, int] = {}
+        self._batches: list[str] = []
+        self._independent = True
+
+    @property
+    def shapes(self) -> Shapes:
+        """Gives the shapes of the outputs for some inputs."""
+        return self.module.shapes_of
+
+    @property
+    def places(self) -> set[Place]:
+        """Axes that have a name already."""
+        return {(place, axis) for place, dims in enumerate(self._inputs) for axis in dims}
+
+    def add_batch(self, found: BatchFinding, varied: Dim | None) -> None:
+        """Add a batch; from here on, runs have few rows."""
+        dim = BATCH if not self._batches else f"{self.module.names[found.places[0][0]]}_{BATCH}"
+        self._batches.append(dim)
+        self._name(dim, found.places)
+        for place, axes in enumerate(found.outputs):
+            self._follow(place, {a: dim if d == BATCH else d for a, d in axes.items()})
+        text = f"{found.rows[0]} real rows, shuffled and repeated to {found.rows[1]}: " + (
+            "each row kept its result"
+            if found.independent
+            else "accepted, but rows depend on each other"
+        )
+        if varied is not None:
+            text = f"{varied.text}; {text}"
+        self._evidence.append(
+            AxisEvidence(dim=dim, kind="probed" if varied is None else "varied", text=text)
+        )
+        if not found.independent:
+            self._independent = False
+            self.warnings.append(DEPENDENT)
+        self.small = grown(self.small, found.places, _few(self.small, found.places))
+
+    def add(self, dim: Dim) -> None:
+        """Add another dimension, and find which output axes follow it."""
+        taken = set(self._taken())
+        name = dim_name(dim.places, self.call, self.module.names, self._inputs, taken)
+        self._name(name, dim.places)
+        self._steps[name] = dim.step
+        self._evidence.append(AxisEvidence(dim=name, kind=dim.kind, text=dim.text))
+        base = self.shapes(self.small)
+        size = size_of(self.small, dim)
+        for new in (size + dim.step, size - dim.step):
+            moved = self.shapes(grown(self.small, dim.places, new)) if new > 0 else None
+            if base is not None and moved is not None:
+                for place, (old, now) in enumerate(zip(base, moved, strict=True)):
+                    out = self.module.output_names[place]
+                    self._follow(place, follows(old, now, name, (size, new), out))
+                break
+
+    def add_data_dependent_sizes(self, calls: Sequence[Tensors]) -> None:
+        """Name output axes that differ with the data alone, or in a way that no dim explains."""
+        tried = [self.small, negate(self.small), *(self._cut(call) for call in calls[1:])]
+        known = [shape for call in tried if (shape := self.shapes(call)) is not None]
+        for place, some in enumerate(zip(*known, strict=True)):
+            if len({len(shape) for shape in some}) > 1:
+                continue
+            for axis, sizes in enumerate(zip(*some, strict=True)):
+                if len(set(sizes)) > 1 and axis not in self._outputs[place]:
+                    self._outputs[place][axis] = f"{self.module.output_names[place]}_dim{axis}"
+
+    def done(self) -> AxisPlan:
+        """Return the plan."""
+        return AxisPlan(
+            inputs=tuple(self._inputs),
+            outputs=tuple(self._outputs),
+            batch=self._batches[0] if self._batches else None,
+            batches=tuple(self._batches),
+            independent=bool(self._batches) and self._independent,
+            steps=self._steps,
+            evidence=tuple(self._evidence),
+            warnings=tuple(self.warnings),
+        )
+
+    def _cut(self, call: Tensors) -> Tensors:
+        """Return a call with as few rows as the runs so far had."""
+        for batch in self._batches:
+            places = [
+                (p, a) for p, dims in enumerate(self._inputs) for a in dims if dims[a] == batch
+            ]
+            call = grown(call, places, _few(self.small, places))
+        return call
+
+    def _name(self, dim: str, places: Sequence[Place]) -> None:
+        for place, axis in places:
+            self._inputs[place][axis] = dim
+
+    def _follow(self, place: int, axes: Mapping[int, str]) -> None:
+        """Name output axes; one that follows two dimensions gets a name of its own."""
+        for axis, dim in axes.items():
+            both = axis in self._outputs[place]
+            own = f"{self.module.output_names[place]}_dim{axis}"
+            self._outputs[place][axis] = own if both else dim
+
+    def _taken(self) -> list[str]:
+        dims = [*self._inputs, *self._outputs]
+        return [name for axes in dims for name in axes.values()]
+
+
+def _few(call: Tensors, places: Sequence[Place]) -> int:
+    place, axis = places[0]
+    return min(call[place].shape[axis], BASE_ROWS)
+
+
+# --- axes given by the user ---------------------------------------------------------------------
 
 
 def declared_axes(
-    run: Run,
-    example: Tensors,
-    names: Sequence[str],
-    output_names: Sequence[str],
-    declared: Mapping[str, Mapping[int, str] | Sequence[int]],
+    module: Module, example: Tensors, declared: Mapping[str, Mapping[int, str] | Sequence[int]]
 ) -> AxisPlan:
     """Take the user's axes for the inputs; outputs follow by running two sizes.
 
     Raises:
         ConfigurationError: If a name is no input or output, or an input has no such axis.
     """
+    names, output_names = module.names, module.output_names
     unknown = sorted(set(declared) - {*names, *output_names})
     if unknown:
         raise ConfigurationError(
@@ -108,258 +269,34 @@ def declared_axes(
                 "they are counted from 0."
             )
     inputs = tuple(given.get(name, {}) for name in names)
-    base = run(example)
+    base = module.run(example)
     outputs: list[dict[int, str]] = [{} for _ in base]
     evidence = []
     for dim in dict.fromkeys(dim for dims in inputs for dim in dims.values()):
-        sizes = {x.shape[a] for x, d in zip(example, inputs, strict=True) for a in d if d[a] == dim}
+        places = [(p, a) for p, dims in enumerate(inputs) for a in dims if dims[a] == dim]
+        sizes = {example[place].shape[axis] for place, axis in places}
         if len(sizes) > 1:
             raise ConfigurationError(
                 f"dynamic_axes gives {dim!r} to axes of sizes {sorted(sizes)!r} in the example. "
                 "Give axes that may differ different names."
             )
         (size,) = sizes
-        index = torch.arange(2 * size + 1) % size
-        grown = [
-            take(x, [axis for axis, name in dims.items() if name == dim], index)
-            for x, dims in zip(example, inputs, strict=True)
-        ]
-        for place, (before, after) in enumerate(zip(base, run(tuple(grown)), strict=True)):
-            outputs[place] |= _follows(before, after, dim, 2 * size + 1, output_names[place])
+        after = module.run(grown(example, places, 2 * size + 1))
+        for place, (old, new) in enumerate(zip(base, after, strict=True)):
+            sizes_of = (size, 2 * size + 1)
+            outputs[place] |= follows(old.shape, new.shape, dim, sizes_of, output_names[place])
         evidence.append(
             AxisEvidence(dim=dim, kind="declared", text="given in Inputs(dynamic_axes=)")
         )
     first = next((dims[0] for dims in inputs if 0 in dims), None)
-    return AxisPlan(inputs=inputs, outputs=tuple(outputs), batch=first, evidence=tuple(evidence))
+    return AxisPlan(
+        inputs=inputs,
+        outputs=tuple(outputs),
+        batch=first,
+        batches=() if first is None else (first,),
+        evidence=tuple(evidence),
+    )
 
 
 def _named_axes(name: str, axes: Sequence[int]) -> dict[int, str]:
     return {axis: BATCH if axis == 0 else f"{name}_dim{axis}" for axis in axes}
-
-
-# --- sizes that differed between observed calls -----------------------------------------------
-
-
-def _varied(
-    run: Run, calls: Sequence[Tensors], names: Sequence[str], output_names: Sequence[str]
-) -> AxisPlan:
-    """Dims that differed between calls; dims that differed alike share a name."""
-    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for place, tensors in enumerate(zip(*calls, strict=True)):
-        for axis, sizes in enumerate(zip(*(tensor.shape for tensor in tensors), strict=True)):
-            if len(set(sizes)) > 1:
-                groups.setdefault(sizes, []).append((place, axis))
-    results = [run(call) for call in calls] if groups else [run(calls[0])]
-    inputs: list[dict[int, str]] = [{} for _ in calls[0]]
-    outputs: list[dict[int, str]] = [{} for _ in results[0]]
-    evidence: list[AxisEvidence] = []
-    taken: set[str] = set()
-    for sizes, places in groups.items():
-        dim = _dim_name(places, calls[0], names, taken)
-        taken.add(dim)
-        for place, axis in places:
-            inputs[place][axis] = dim
-        where = ", ".join(f"{names[place]}[{axis}]" for place, axis in places)
-        evidence.append(
-            AxisEvidence(dim=dim, kind="varied", text=f"{where} had sizes {sorted(set(sizes))}")
-        )
-    for place, tensors in enumerate(zip(*results, strict=True)):
-        for axis, sizes in enumerate(zip(*(tensor.shape for tensor in tensors), strict=True)):
-            if len(set(sizes)) > 1:
-                where = f"{output_names[place]}_dim{axis}"
-                outputs[place][axis] = _output_dim(sizes, groups, inputs) or where
-    plan = AxisPlan(inputs=tuple(inputs), outputs=tuple(outputs), evidence=tuple(evidence))
-    return replace(plan, batch=BATCH) if BATCH in taken else plan
-
-
-def _output_dim(
-    sizes: tuple[int, ...],
-    groups: Mapping[tuple[int, ...], list[tuple[int, int]]],
-    inputs: Sequence[Mapping[int, str]],
-) -> str | None:
-    if sizes not in groups:
-        return None
-    place, axis = groups[sizes][0]
-    return inputs[place][axis]
-
-
-def _dim_name(
-    places: Sequence[tuple[int, int]], call: Tensors, names: Sequence[str], taken: set[str]
-) -> str:
-    """Name a dimension by where it stands: batch, sequence, height, width."""
-    place, axis = places[0]
-    tensor = call[place]
-    usual: str | None = None
-    if all(axis == 0 for _, axis in places):
-        usual = BATCH
-    elif axis == 1 and tensor.ndim in SEQUENCE_RANKS:
-        usual = "sequence"
-    elif tensor.ndim == IMAGE_RANK and axis in {2, 3}:
-        usual = "height" if axis == 2 else "width"  # noqa: PLR2004
-    return usual if usual and usual not in taken else f"{names[place]}_dim{axis}"
-
-
-# --- the permute-and-repeat test --------------------------------------------------------------
-
-
-def _probe_batch(run: Run, call: Tensors, plan: AxisPlan, output_names: Sequence[str]) -> AxisPlan:
-    """Try candidate batch axes; take the first that passes, else the first that is accepted."""
-    weak: AxisPlan | None = None
-    for places in _candidates(call, plan.inputs):
-        found = _probe(run, call, places, plan, output_names)
-        if found is None:
-            continue
-        if not found.warnings:
-            return found
-        weak = weak or found
-    if weak is not None:
-        return weak
-    rest = "the other" if plan.evidence else "all"
-    text = f"No batch axis was found: {rest} sizes are static."
-    return replace(plan, warnings=(*plan.warnings, text))
-
-
-def _candidates(call: Tensors, known: Axes) -> Iterator[dict[int, int]]:
-    """Yield sets of (input -> axis) that may be the batch axis, likeliest first."""
-    tried: list[dict[int, int]] = []
-    for places in _all_candidates(call, known):
-        if places and places not in tried:
-            tried.append(places)
-            yield places
-
-
-def _all_candidates(call: Tensors, known: Axes) -> Iterator[dict[int, int]]:
-    free = [
-        {axis: size for axis, size in enumerate(tensor.shape) if axis not in dims}
-        for tensor, dims in zip(call, known, strict=True)
-    ]
-    for axis in (0, 1):
-        sizes = [axes[axis] for axes in free if axes.get(axis, 0) > 0]
-        for size in sorted(set(sizes), key=lambda size: (-sizes.count(size), sizes.index(size))):
-            yield {place: axis for place, axes in enumerate(free) if axes.get(axis) == size}
-            if axis == 0:
-                firsts = {
-                    place: next((a for a, s in axes.items() if s == size), None)
-                    for place, axes in enumerate(free)
-                }
-                yield {place: a for place, a in firsts.items() if a is not None}
-                yield from _subsets([p for p, axes in enumerate(free) if axes.get(0) == size])
-
-
-def _subsets(places: Sequence[int]) -> Iterator[dict[int, int]]:
-    """Yield what is left when one input or all but one have the batch's size by accident."""
-    for left_out in reversed(places):
-        yield {place: 0 for place in places if place != left_out}
-    for place in places:
-        yield {place: 0}
-
-
-def _probe(
-    run: Run,
-    call: Tensors,
-    places: Mapping[int, int],
-    plan: AxisPlan,
-    output_names: Sequence[str],
-) -> AxisPlan | None:
-    size = call[next(iter(places))].shape[next(iter(places.values()))]
-    kept = min(size, BASE_ROWS)
-    index = _shuffled_rows(kept)
-    few = _at(call, places, torch.arange(kept))
-    try:
-        before, after = run(few), run(_at(few, places, index))
-    except Exception:  # noqa: BLE001 - a module may refuse another size with any error
-        return None
-    if not len(before) == len(after) == len(output_names):
-        return None
-    moved = [
-        _follows(old, new, BATCH, len(index), name)
-        for old, new, name in zip(before, after, output_names, strict=True)
-    ]
-    accepted = all(
-        moved_axes or old.shape == new.shape
-        for moved_axes, old, new in zip(moved, before, after, strict=True)
-    )
-    if not accepted or not any(moved):
-        return None
-    independent = all(
-        _rows_agree(old, new, dims, index)
-        for dims, old, new in zip(moved, before, after, strict=True)
-    )
-    strict_axes = set(places.values()) == {0}
-    if not independent and not strict_axes:
-        return None
-    return _with_batch(plan, places, moved, independent=independent, rows=(kept, len(index)))
-
-
-def _with_batch(
-    plan: AxisPlan,
-    places: Mapping[int, int],
-    moved: Sequence[dict[int, str]],
-    *,
-    independent: bool,
-    rows: tuple[int, int],
-) -> AxisPlan:
-    inputs = tuple(
-        dims | ({places[place]: BATCH} if place in places else {})
-        for place, dims in enumerate(plan.inputs)
-    )
-    outputs = tuple(dims | new for dims, new in zip(plan.outputs, moved, strict=True))
-    text = f"{rows[0]} real rows, shuffled and repeated to {rows[1]}: " + (
-        "each row kept its result" if independent else "accepted, but rows depend on each other"
-    )
-    warning = "Rows of a batch depend on each other: the result of a row changes with its batch."
-    return replace(
-        plan,
-        inputs=inputs,
-        outputs=outputs,
-        batch=BATCH,
-        evidence=(*plan.evidence, AxisEvidence(dim=BATCH, kind="probed", text=text)),
-        warnings=plan.warnings if independent else (*plan.warnings, warning),
-    )
-
-
-def _shuffled_rows(count: int) -> torch.Tensor:
-    """Return each row once in another order, then ``count + 1`` more: shape ``(2 count + 1,)``."""
-    # A generator of our own: the user's random numbers stay untouched.
-    generator = torch.Generator().manual_seed(count)
-    order = torch.randperm(count, generator=generator)
-    if count > 1 and bool((order == torch.arange(count)).all()):
-        order = order.flip(0)
-    return torch.cat([order, torch.randint(count, (count + 1,), generator=generator)])
-
-
-def _at(call: Tensors, places: Mapping[int, int], index: torch.Tensor) -> Tensors:
-    return tuple(
-        take(tensor, [places[place]], index) if place in places else tensor
-        for place, tensor in enumerate(call)
-    )
-
-
-def _follows(
-    before: torch.Tensor, after: torch.Tensor, dim: str, size: int, name: str
-) -> dict[int, str]:
-    """Return the axes of an output that changed: ``dim`` where it took the new size itself."""
-    if before.ndim != after.ndim:
-        return {}
-    return {
-        axis: dim if new == size else f"{name}_dim{axis}"
-        for axis, (old, new) in enumerate(zip(before.shape, after.shape, strict=True))
-        if old != new
-    }
-
-
-def _rows_agree(
-    before: torch.Tensor, after: torch.Tensor, dims: Mapping[int, str], index: torch.Tensor
-) -> bool:
-    """Tell whether an output is the old one under the same index, up to rounding."""
-    if not dims:
-        expected = before
-    elif list(dims.values()) == [BATCH]:
-        expected = before.index_select(next(iter(dims)), index)
-    else:
-        return len(dims) == 1  # rows flattened with another axis: the sizes follow, values unseen
-    if not expected.is_floating_point():
-        return torch.equal(expected, after)
-    scale = expected.abs().nan_to_num(posinf=0.0).max().item() if expected.numel() else 0.0
-    close = 1e3 * torch.finfo(expected.dtype).eps
-    return torch.allclose(after, expected, rtol=close, atol=close * scale, equal_nan=True)

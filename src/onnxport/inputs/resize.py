@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
     from onnxport.signature import Axes
 
-__all__ = ["current_sizes", "negate", "resize", "take"]
+__all__ = ["current_sizes", "negate", "resize", "scale", "shuffle", "take"]
+
+SCALE = 8.0
+"""By how much scaled rows are larger: enough to cross a threshold that real rows stay below."""
 
 
 def take(tensor: torch.Tensor, axes: Sequence[int], index: torch.Tensor) -> torch.Tensor:
@@ -53,3 +56,13 @@ def current_sizes(tensors: Sequence[torch.Tensor], axes: Axes) -> dict[str, int]
 def negate(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Flip the sign of all floating-point tensors; others stay."""
     return tuple(-tensor if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def scale(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Make all floating-point values larger; others stay."""
+    return tuple(tensor * SCALE if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def shuffle(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Turn the order of the entries of each row around; values stay what they are."""
+    return tuple(tensor.flip(-1) if tensor.ndim > 1 else tensor for tensor in tensors)

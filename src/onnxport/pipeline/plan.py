@@ -13,21 +13,24 @@ from onnxport.errors import ExportError, InputInferenceError
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.module_state import evaluate, preserved_rng
-from onnxport.inputs.axes import AxisPlan, declared_axes, infer_axes
+from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
 from onnxport.inputs.resize import current_sizes, resize
+from onnxport.inputs.rows import many_rows
+from onnxport.pipeline.randomness import first_random_module
+from onnxport.pipeline.runs import ShapeProbe, run_flat
 from onnxport.signature import ModelSignature, TensorSpec
-from onnxport.tree import Example, Spec, flatten
+from onnxport.tree import Example, Spec, constants, flatten, same_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
     from onnxport.config import ExportOptions
     from onnxport.pipeline.job import ExportJob, LiveReference
 
-__all__ = ["Plan", "make_plan", "run_flat"]
+__all__ = ["Plan", "make_plan"]
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -48,12 +51,48 @@ class Plan:
     signature: ModelSignature
     axes: AxisPlan
     warnings: tuple[str, ...]
+    inferred: bool = True
+
+    @property
+    def rows(self) -> Tensors:
+        """The first call with as many different rows as there are."""
+        return many_rows(self.calls, self.axes)
+
+    def fallbacks(self) -> Iterator[Plan]:
+        """Yield plans that ask less of an exporter: the batch alone is dynamic.
+
+        Axes that the user declared are never given up, nor is a batch: a model for one batch size
+        is not what anybody expects.
+        """
+        others = [name for name in self.axes.names if name not in self.axes.batches]
+        if self.inferred and self.axes.batch is not None and others:
+            text = (
+                f"No core could keep {', '.join(others)} dynamic: the model takes the observed "
+                "sizes of these only. Why is said under attempts."
+            )
+            yield self._with_axes(self.axes.only(self.axes.batches, text))
+
+    def _with_axes(self, axes: AxisPlan) -> Plan:
+        signature = ModelSignature(
+            inputs=_with_dims(self.signature.inputs, self.calls[0], axes.inputs),
+            outputs=_with_dims(self.signature.outputs, self._outputs(), axes.outputs),
+        )
+        return replace(
+            self,
+            calls=tuple(call for call in self.calls if _same_sizes(call, self.calls[0], axes)),
+            signature=signature,
+            axes=replace(axes, warnings=()),
+            warnings=(*self.warnings, *axes.warnings),
+        )
+
+    def _outputs(self) -> Tensors:
+        return run_flat(self.flat, self.calls[0])
 
     def request(self, opset: int | None) -> ExportRequest:
         """Return what the cores are asked for."""
         return ExportRequest(
             module=self.flat,
-            args=resize(self.calls[0], self.axes.inputs, self._export_sizes()),
+            args=resize(self.rows, self.axes.inputs, self._export_sizes()),
             input_names=tuple(spec.name for spec in self.signature.inputs),
             output_names=tuple(spec.name for spec in self.signature.outputs),
             input_axes=self.axes.inputs,
@@ -63,17 +102,13 @@ class Plan:
 
     def _export_sizes(self) -> dict[str, int]:
         sizes = current_sizes(self.calls[0], self.axes.inputs)
+        batches = self.axes.batches
         specs = (*self.signature.inputs, *self.signature.outputs)
         used = {size for spec in specs for size in spec.shape if isinstance(size, int)}
-        used |= {size for name, size in sizes.items() if name != self.axes.batch}
-        free = next((size for size in _EXPORT_SIZES if size not in used), max(used, default=1) + 1)
-        return sizes | ({self.axes.batch: free} if self.axes.batch is not None else {})
-
-
-def run_flat(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Tensors:
-    """Run a flat module as an export would see it: no gradients, no autocast, no fast path."""
-    with preserved_rng(), export_context():
-        return tuple(tensor.detach() for tensor in module(*tensors))
+        used |= {size for name, size in sizes.items() if name not in batches}
+        free = [size for size in _EXPORT_SIZES if size not in used]
+        free += range(max(used, default=1) + 1, max(used, default=1) + 1 + len(batches))
+        return sizes | dict(zip(batches, free, strict=False))
 
 
 def make_plan(job: ExportJob) -> Plan:
@@ -100,13 +135,16 @@ def make_plan(job: ExportJob) -> Plan:
     names = input_names(module.forward, paths, given.names)
     out_names = output_names([path for path, _ in outputs], names, given.output_names)
 
-    def run(tensors: Tensors) -> Tensors:
-        return run_flat(flat, tensors)
-
+    probed = Module(
+        run=lambda tensors: run_flat(flat, tensors),
+        shapes=ShapeProbe(flat),
+        names=names,
+        output_names=out_names,
+    )
     if given.dynamic_axes is None:
-        axes = infer_axes(run, calls, names, out_names)
+        axes = infer_axes(probed, calls)
     else:
-        axes = declared_axes(run, calls[0], names, out_names, given.dynamic_axes)
+        axes = declared_axes(probed, calls[0], given.dynamic_axes)
     signature = ModelSignature(
         inputs=_specs(names, calls[0], axes.inputs),
         outputs=_specs(out_names, [tensor for _, tensor in outputs], axes.outputs),
@@ -117,6 +155,7 @@ def make_plan(job: ExportJob) -> Plan:
         signature=signature,
         axes=replace(axes, warnings=()),
         warnings=(*warnings, *axes.warnings),
+        inferred=given.dynamic_axes is None,
     )
 
 
@@ -156,18 +195,41 @@ def _same_structure(
     spec, first = flat[0]
     paths = [path for path, _ in first]
     kind = [(path, tensor.dtype, tensor.ndim) for path, tensor in first]
-    calls = tuple(
-        tuple(tensor for _, tensor in found)
+    calls = [
+        (other, tuple(tensor for _, tensor in found))
         for other, found in flat
-        if repr(other) == repr(spec)
+        if same_structure(spec, other)
         and [(path, tensor.dtype, tensor.ndim) for path, tensor in found] == kind
-    )
+    ]
     if len(calls) < len(flat):
         warnings.append(
             f"{len(flat) - len(calls)} observed calls had other arguments than the first one; the "
             "model is exported for the arguments of the first."
         )
-    return spec, paths, calls
+    same = [(other, call) for other, call in calls if _same_constants(spec, other, warnings)]
+    return spec, paths, tuple(call for _, call in same)
+
+
+def _same_constants(spec: Spec, other: Spec, warnings: list[str]) -> bool:
+    """Tell whether a call has the same numbers, bools and strings; note those that differ."""
+    ours, theirs = constants(spec), constants(other)
+    differing = {path for path, value in ours.items() if not _equal(value, theirs[path])}
+    for path in sorted(differing, key=str):
+        name = ".".join(str(key) for key in path[1:])
+        text = (
+            f"Argument {name!r} changed between calls ({ours[path]!r}, {theirs[path]!r}); it is no "
+            f"tensor, so the model holds {ours[path]!r}. Pass a tensor to make it an input."
+        )
+        if text not in warnings:
+            warnings.append(text)
+    return not differing
+
+
+def _equal(a: object, b: object) -> bool:
+    try:
+        return bool(a == b) or (type(a) is type(b) and not isinstance(a, (int, float, str, bool)))
+    except Exception:  # noqa: BLE001 - comparing is code of the objects
+        return type(a) is type(b)
 
 
 def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, ...], torch.Tensor]]:
@@ -187,9 +249,10 @@ def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, .
     if not first:
         raise ExportError("The module's result holds no tensor, so there is no output to export.")
     if not all(_close(a, b, 1e-5) for (_, a), (_, b) in zip(first, second, strict=True)):
+        where = first_random_module(flat, tensors)
         raise ExportError(
-            "The module stays random in eval mode: two runs on the same rows differ, so no model "
-            "could be compared with it. Look for F.dropout without training=self.training, "
+            f"The module stays random in eval mode: two runs on the same rows differ{where}, so no "
+            "model could be compared with it. Look for F.dropout without training=self.training, "
             "torch.rand or sampling in forward."
         )
     return first
@@ -224,6 +287,21 @@ def _close(a: torch.Tensor, b: torch.Tensor, rtol: float) -> bool:
         return torch.equal(a, b) or rtol > 1e-3  # noqa: PLR2004 - another device breaks ties otherwise
     scale = float(b.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
+
+
+def _same_sizes(call: Tensors, first: Tensors, axes: AxisPlan) -> bool:
+    """Tell whether a call has the sizes of the first one wherever these are static."""
+    return all(
+        size == expected or axis in dims
+        for tensor, other, dims in zip(call, first, axes.inputs, strict=True)
+        for axis, (size, expected) in enumerate(zip(tensor.shape, other.shape, strict=True))
+    )
+
+
+def _with_dims(
+    specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor], axes: Sequence[Mapping[int, str]]
+) -> tuple[TensorSpec, ...]:
+    return _specs([spec.name for spec in specs], tensors, axes)
 
 
 def _specs(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport.errors import ExportError, VerificationError
-from onnxport.inputs.resize import current_sizes, negate, resize
-from onnxport.pipeline.plan import run_flat
+from onnxport.inputs.resize import current_sizes, negate, resize, scale, shuffle
+from onnxport.pipeline.runs import run_flat
 from onnxport.report import Check
 from onnxport.validation.budget import Reference, make_references
 from onnxport.validation.graph import check_graph
@@ -20,7 +20,7 @@ from onnxport.validation.parity import compare
 from onnxport.validation.session import Session, resolve_providers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from onnxport.config import Verify
@@ -32,7 +32,13 @@ __all__ = ["Case", "Proof"]
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
-REAL, NEGATED = "real", "negated"
+REAL = "real"
+VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
+    "negated": negate,
+    "scaled": scale,
+    "shuffled": shuffle,
+}
+"""Rows made from real ones that may take other branches of the module."""
 SMALL_BATCH = 2
 
 
@@ -42,8 +48,8 @@ class Case:
 
     Args:
         sizes: Size of each symbolic dimension.
-        rows: ``"real"`` or ``"negated"``: signs flipped, so that a branch on the data that was
-            baked in by tracing shows.
+        rows: ``"real"``, or one of :data:`VARIANTS`, so that a branch on the data that was baked in
+            by tracing shows.
         inputs: What is fed.
         references: What each output should be.
     """
@@ -131,13 +137,17 @@ class Proof:
     def _make_cases(self) -> tuple[Case, ...]:
         wanted = list(self._wanted())
         runs = [(rows, inputs, self._try(rows, inputs)) for rows, inputs in wanted]
-        kept = [(rows, inputs, run) for rows, inputs, run in runs if run is not None]
+        kept = [
+            (rows, inputs, run)
+            for rows, inputs, run in runs
+            if run is not None and (rows == REAL or _all_finite(run))
+        ]
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
         doubles = _run_double(self._plan.flat, [inputs for _, inputs, _ in kept])
         references: list[list[Reference]] = [[] for _ in kept]
-        # Negated rows may be out of the module's domain: their rounding says nothing of real ones.
-        for rows in (REAL, NEGATED):
+        # Such rows may be out of the module's domain: their rounding says nothing of real ones.
+        for rows in (REAL, *VARIANTS):
             places = [place for place, case in enumerate(kept) if case[0] == rows]
             made = make_references(
                 [kept[place][2] for place in places],
@@ -158,23 +168,29 @@ class Proof:
         )
 
     def _wanted(self) -> list[tuple[str, Tensors]]:
-        first = self._plan.calls[0]
-        wanted = [self._at_batch(size) for size in self._batch_sizes()] or [first]
-        wanted += self._plan.calls[1:]
+        wanted = [self._at_batch(size) for size in self._batch_sizes()] or [self._plan.calls[0]]
+        wanted += [self._affordable_call(call) for call in self._plan.calls[1:]]
         wanted += self._other_sizes()
-        small = self._at_batch(SMALL_BATCH)
         unique: dict[tuple[tuple[int, ...], ...], Tensors] = {}
         for inputs in wanted:
             unique.setdefault(tuple(tuple(tensor.shape) for tensor in inputs), inputs)
         cases = [(REAL, inputs) for inputs in unique.values()]
-        has_floats = any(tensor.is_floating_point() for tensor in small)
-        return [*cases, (NEGATED, negate(small))] if has_floats else cases
+        small = self._at_batch(SMALL_BATCH)
+        for name, change in VARIANTS.items():
+            changed = change(small)
+            if not all(torch.equal(a, b) for a, b in zip(changed, small, strict=True)):
+                cases.append((name, changed))
+        return cases
 
     def _at_batch(self, size: int) -> Tensors:
-        """The first call with another batch size; as it is when there is no batch axis."""
-        batch = self._plan.axes.batch
-        sizes = {} if batch is None else {batch: size}
-        return resize(self._plan.calls[0], self._plan.axes.inputs, sizes)
+        """Real rows at another batch size; the first call where there is no batch axis."""
+        axes = self._plan.axes
+        return resize(self._plan.rows, axes.inputs, dict.fromkeys(axes.batches, size))
+
+    def _affordable_call(self, call: Tensors) -> Tensors:
+        axes = self._plan.axes
+        sizes = current_sizes(call, axes.inputs)
+        return resize(call, axes.inputs, {d: self._affordable(sizes[d]) for d in axes.batches})
 
     def _batch_sizes(self) -> tuple[int, ...]:
         batch = self._plan.axes.batch
@@ -203,13 +219,17 @@ class Proof:
         return min(size, max(most, 3))
 
     def _other_sizes(self) -> list[Tensors]:
-        """One more size of each dynamic axis that is not the batch, where PyTorch accepts it."""
-        axes, first = self._plan.axes, self._plan.calls[0]
-        sizes = current_sizes(first, axes.inputs)
-        others = [name for name in sizes if name != axes.batch]
-        shorter = [{name: max(sizes[name] - 1, 1)} for name in others]
-        candidates = [resize(first, axes.inputs, change) for change in shorter]
-        return [inputs for inputs in candidates if self._try(NEGATED, inputs) is not None]
+        """Other sizes of each dynamic axis that is not the batch, where PyTorch accepts them."""
+        axes, small = self._plan.axes, self._at_batch(SMALL_BATCH)
+        sizes = current_sizes(small, axes.inputs)
+        others = [name for name in sizes if name not in axes.batches]
+        steps = {name: (axes.steps or {}).get(name, 1) for name in others}
+        changes = [{name: sizes[name] + steps[name]} for name in others]
+        changes += [{name: sizes[name] - steps[name]} for name in others]
+        changes += [{name: sizes[name] + 2 * steps[name] for name in others}] if others else []
+        possible = [change for change in changes if all(size > 0 for size in change.values())]
+        candidates = [resize(small, axes.inputs, change) for change in possible]
+        return [inputs for inputs in candidates if self._try("probe", inputs) is not None]
 
     def _try(self, rows: str, inputs: Tensors) -> Tensors | None:
         try:
@@ -220,6 +240,10 @@ class Proof:
                 self.warnings.append(f"PyTorch itself refuses {where}: {type(error).__name__}.")
             logger.debug("eager run refused", exc_info=True)
             return None
+
+
+def _all_finite(outputs: Tensors) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point())
 
 
 def _run_double(flat: FlatModule, inputs: Sequence[Tensors]) -> list[Tensors | None]:

@@ -14,6 +14,7 @@ import torch
 
 from onnxport.errors import OnnxportError
 from onnxport.exporter.ladder import climb, rungs
+from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.writer import (
     publish,
     remove_model,
@@ -22,7 +23,7 @@ from onnxport.exporter.writer import (
     write_model,
     write_text,
 )
-from onnxport.pipeline.plan import make_plan
+from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import Proof
 from onnxport.report import ExportReport
 from onnxport.validation.session import runtime_version
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from onnxport.exporter.base import Core
+    from onnxport.exporter.ladder import Climb, Rung
     from onnxport.pipeline.job import ExportJob
-    from onnxport.pipeline.plan import Plan
-    from onnxport.report import Check
+    from onnxport.report import Attempt, Check
 
 __all__ = ["Pipeline", "read_report", "save_report"]
 
@@ -43,10 +43,15 @@ logger = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """Exports one module after the other and remembers which core won."""
+    """Exports one module after the other and remembers which rung of the ladder won.
 
-    def __init__(self) -> None:
-        self._winner: Core | None = None
+    Args:
+        memory: Where that is remembered between runs.
+    """
+
+    def __init__(self, memory: RungMemory | None = None) -> None:
+        self._memory = RungMemory() if memory is None else memory
+        self._winners: dict[str, Rung] = {}
 
     def run(self, job: ExportJob) -> ExportReport:
         """Export, prove and publish.
@@ -71,46 +76,67 @@ class Pipeline:
         return report
 
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
-        with _timed(seconds, "plan"):
-            plan = make_plan(job)
-        with _timed(seconds, "reference"):
-            proof = Proof(plan, job.options.verify)
-        draft = replace(
-            draft,
-            inputs=plan.signature.inputs,
-            outputs=plan.signature.outputs,
-            evidence=plan.axes.evidence,
-            warnings=(*plan.warnings, *proof.warnings),
-        )
+        attempts: tuple[Attempt, ...] = ()
+        for plan in _plans(job, seconds):
+            with _timed(seconds, "reference"):
+                proof = Proof(plan, job.options.verify)
+            draft = replace(
+                draft,
+                inputs=plan.signature.inputs,
+                outputs=plan.signature.outputs,
+                evidence=plan.axes.evidence,
+                warnings=(*plan.warnings, *proof.warnings),
+            )
+            with staging(job.path) as staged:
+                climbed, opset = self._climb(job, plan, proof, staged, seconds)
+                attempts += tuple(climbed.attempts)
+                draft = replace(draft, attempts=attempts, checks=climbed.checks)
+                if climbed.winner is None:
+                    continue
+                with _timed(seconds, "publish"):
+                    publish(staged, job.path)
+            core = climbed.winner.core.name
+            return replace(draft, ok=True, path=str(job.path), core=core, opset=opset)
+        return replace(draft, error=_no_core(draft))
+
+    def _climb(
+        self, job: ExportJob, plan: Plan, proof: Proof, staged: Path, seconds: dict[str, float]
+    ) -> tuple[Climb, int | None]:
+        """Try the rungs on one plan; the proven model lies at ``staged`` when one won."""
         opset: int | None = None
-        with staging(job.path) as staged:
 
-            def prove(core: Core, model: ir.Model) -> tuple[Check, ...]:
-                nonlocal opset
-                prefix = f"{job.target}." if job.target else ""
-                with _timed(seconds, "write"):
-                    write_model(
-                        model,
-                        staged,
-                        signature=plan.signature,
-                        metadata=_metadata(job, plan, proof, core),
-                        prefix=prefix,
-                    )
-                with _timed(seconds, "prove"):
-                    checks, opset = proof.judge(staged)
-                return checks
+        def prove(rung: Rung, model: ir.Model) -> tuple[Check, ...]:
+            nonlocal opset
+            with _timed(seconds, "write"):
+                write_model(
+                    model,
+                    staged,
+                    signature=plan.signature,
+                    metadata=_metadata(job, plan, proof, rung),
+                    prefix=f"{job.target}." if job.target else "",
+                )
+            with _timed(seconds, "prove"):
+                checks, opset = proof.judge(staged)
+            return checks
 
-            ladder = rungs(job.options.core, self._winner)
-            with _timed(seconds, "export"):
-                winner, attempts, checks = climb(ladder, plan.request(job.options.opset), prove)
-            seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0)
-            draft = replace(draft, attempts=attempts, checks=checks)
-            if winner is None:
-                return replace(draft, error=_no_core(draft))
-            with _timed(seconds, "publish"):
-                publish(staged, job.path)
-        self._winner = winner
-        return replace(draft, ok=True, path=str(job.path), core=winner.name, opset=opset)
+        core, key = job.options.core, model_key(plan.flat)
+        first = self._winners.get(key) or self._memory.recall(key, core)
+        before = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
+        with _timed(seconds, "export"):
+            climbed = climb(rungs(core, first), plan.request(job.options.opset), prove)
+        seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - before
+        if climbed.winner is not None and climbed.winner != self._winners.get(key):
+            self._winners[key] = climbed.winner
+            self._memory.remember(key, core, climbed.winner)
+        return climbed, opset
+
+
+def _plans(job: ExportJob, seconds: dict[str, float]) -> Iterator[Plan]:
+    """Yield the plan that asks for most, then those that ask for less."""
+    with _timed(seconds, "plan"):
+        plan = make_plan(job)
+    yield plan
+    yield from plan.fallbacks()
 
 
 def _draft(job: ExportJob) -> ExportReport:
@@ -127,7 +153,7 @@ def _draft(job: ExportJob) -> ExportReport:
     )
 
 
-def _metadata(job: ExportJob, plan: Plan, proof: Proof, core: Core) -> dict[str, object]:
+def _metadata(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str, object]:
     """What the file itself says about where it comes from."""
     from onnxport import __version__
 
@@ -140,7 +166,7 @@ def _metadata(job: ExportJob, plan: Plan, proof: Proof, core: Core) -> dict[str,
         "global_step": job.provenance.global_step,
         "metrics": {key: repr(value) for key, value in job.provenance.metrics.items()},
         "target": job.target or None,
-        "core": core.name,
+        "core": rung.core.name,
         "dynamic_axes": {spec.name: spec.dynamic_axes for spec in specs if spec.dynamic_axes},
         "error_budget": proof.budgets,
         "torch": torch.__version__,
