@@ -12,20 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 import torch
-from torch._subclasses import fake_tensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 __all__ = [
     "DEFAULT_OPSET",
-    "FAKE_TENSOR_LIMITS",
     "MAX_TORCHSCRIPT_OPSET",
     "CapturedOutput",
     "captured_output",
     "export_context",
-    "fake_tensors",
     "is_compiled_forward",
 ]
 
@@ -59,7 +55,7 @@ def export_context() -> Iterator[None]:
         yield
 
 
-MAX_CAPTURED = 4_000_000
+_MAX_CAPTURED = 4_000_000
 """Characters of output that are kept of one export."""
 
 
@@ -104,11 +100,11 @@ def captured_output() -> Iterator[CapturedOutput]:
         finally:
             sink.flush()
             sink.seek(0)
-            captured.text = sink.read(MAX_CAPTURED)
+            captured.text = sink.read(_MAX_CAPTURED)
             logger.debug("%s", captured.text)
 
 
-def _print_warning(  # noqa: PLR0913, PLR0917 - the signature of warnings.showwarning
+def _print_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -118,24 +114,6 @@ def _print_warning(  # noqa: PLR0913, PLR0917 - the signature of warnings.showwa
 ) -> None:
     text = warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)
-
-
-FAKE_TENSOR_LIMITS = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedFakeTensorException,
-    fake_tensor.UnsupportedOperatorException,
-    GuardOnDataDependentSymNode,
-)
-"""What fake tensors raise when a value would be needed: it says nothing of the module."""
-
-
-@contextmanager
-def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Give tensors that have the shapes and no values; modules run on them compute nothing."""
-    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
 
 
 def is_compiled_forward(forward: object) -> bool:
