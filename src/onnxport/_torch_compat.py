@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 import torch
+from torch._subclasses import fake_tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "DEFAULT_OPSET",
+    "FAKE_TENSOR_LIMITS",
     "MAX_TORCHSCRIPT_OPSET",
     "CapturedOutput",
     "captured_output",
     "export_context",
+    "fake_tensors",
     "is_compiled_forward",
 ]
 
@@ -114,6 +118,24 @@ def _print_warning(
 ) -> None:
     text = warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)
+
+
+FAKE_TENSOR_LIMITS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+"""What fake tensors raise when a value would be needed: it says nothing of the module."""
+
+
+@contextmanager
+def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Give tensors that have the shapes and no values; modules run on them compute nothing."""
+    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
 
 
 def is_compiled_forward(forward: object) -> bool:
