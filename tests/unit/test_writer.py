@@ -25,6 +25,7 @@ from onnxport.exporter.writer import (
     write_model,
     write_text,
 )
+from onnxport.report import ExportReport
 from onnxport.signature import ModelSignature, TensorSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
 BIAS = np.array([1.0, 2.0, 3.0], dtype=np.float32)
 ROWS = np.array([[1.0, -1.0]], dtype=np.float32)
+OURS = {"version": "1"}
+REPORT = ExportReport(ok=False, error="no").to_json()
 SIGNATURE = ModelSignature(
     inputs=(TensorSpec(name="image", dtype="float32", shape=("batch", 2)),),
     outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 3)),),
@@ -139,10 +142,11 @@ def test_a_file_in_place_of_the_folder_is_told_with_the_way_out(tmp_path: Path) 
 
 def test_publishing_moves_the_model_and_replaces_the_old_one(tmp_path: Path) -> None:
     final = tmp_path / "model.onnx"
-    final.write_text("old", encoding="utf-8")
+    write(model(), final, metadata=OURS)
+    old = final.read_bytes()
     with staging(final) as staged:
         staged.write_text("new", encoding="utf-8")
-        assert final.read_text(encoding="utf-8") == "old"
+        assert final.read_bytes() == old
         publish(staged, final)
         assert not staged.exists()
     assert final.read_text(encoding="utf-8") == "new"
@@ -191,32 +195,65 @@ def test_when_publishing_fails_no_data_are_left_under_the_final_name(tmp_path: P
 
 def test_a_model_that_was_never_staged_cannot_be_published(tmp_path: Path) -> None:
     final = tmp_path / "model.onnx"
-    final.write_text("old", encoding="utf-8")
+    write(model(), final, metadata=OURS)
+    old = final.read_bytes()
     with (
         staging(final) as staged,
         pytest.raises(PublishError, match="No such file or directory"),
     ):
         publish(staged, final)
-    assert final.read_text(encoding="utf-8") == "old"
+    assert final.read_bytes() == old
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.json"])
+def test_a_file_of_somebody_else_is_not_replaced(name: str, tmp_path: Path) -> None:
+    final = tmp_path / "model.onnx"
+    (tmp_path / name).write_text("theirs", encoding="utf-8")
+    with staging(final) as staged:
+        staged.write_text("graph", encoding="utf-8")
+        with pytest.raises(PublishError, match=rf"{name} was not written by onnxport.*dirpath="):
+            publish(staged, final)
+    assert files(tmp_path) == [name]
+    assert (tmp_path / name).read_text(encoding="utf-8") == "theirs"
 
 
 # --- removing ---------------------------------------------------------------------------------
 
 
 def test_removing_takes_model_data_and_report_and_nothing_else(tmp_path: Path) -> None:
-    ours = ["model.onnx", "model.onnx.data", "model.onnx.json"]
+    path = tmp_path / "model.onnx"
+    write(model(), path, metadata=OURS)
+    (tmp_path / "model.onnx.data").write_text("weights", encoding="utf-8")
+    report_path(path).write_text(REPORT, encoding="utf-8")
     theirs = ["model.ckpt", "model.onnx.bak", "model.onnx.data.old", "model2.onnx", "model.json"]
-    for name in ours + theirs:
+    for name in theirs:
         (tmp_path / name).write_text(name, encoding="utf-8")
-    assert [file.name for file in model_files(tmp_path / "model.onnx")] == ours[:2]
-    remove_model(tmp_path / "model.onnx")
+    assert [file.name for file in model_files(path)] == ["model.onnx", "model.onnx.data"]
+    remove_model(path)
     assert files(tmp_path) == sorted(theirs)
+
+
+def test_removing_takes_a_model_whose_report_is_gone(tmp_path: Path) -> None:
+    write(model(), tmp_path / "model.onnx", metadata=OURS)
+    remove_model(tmp_path / "model.onnx")
+    assert files(tmp_path) == []
+
+
+def test_removing_leaves_what_somebody_else_wrote(tmp_path: Path) -> None:
+    theirs = ["model.onnx", "model.onnx.data", "model.onnx.json"]
+    for name in theirs:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    remove_model(tmp_path / "model.onnx")
+    assert files(tmp_path) == theirs
+    report_path(tmp_path / "model.onnx").write_text(REPORT, encoding="utf-8")
+    remove_model(tmp_path / "model.onnx")
+    assert files(tmp_path) == theirs[:2]
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     remove_model(tmp_path / "model.onnx")
     assert model_files(tmp_path / "model.onnx") == ()
-    report_path(tmp_path / "model.onnx").write_text("{}", encoding="utf-8")
+    report_path(tmp_path / "model.onnx").write_text(REPORT, encoding="utf-8")
     remove_model(tmp_path / "model.onnx")
     assert files(tmp_path) == []
 

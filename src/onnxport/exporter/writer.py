@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
+from onnxport.exporter.ownership import METADATA_PREFIX, is_our_report, is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +27,7 @@ __all__ = [
     "publish",
     "remove_model",
     "report_path",
+    "require_replaceable",
     "staging",
     "write_model",
     "write_text",
@@ -35,7 +36,6 @@ __all__ = [
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights beyond this go to ``<stem>.onnx.data``; a protobuf file cannot pass 2 GB."""
 
-METADATA_PREFIX = "onnxport."
 REPORT_SUFFIX = ".json"
 DATA_SUFFIX = ".data"
 
@@ -144,8 +144,10 @@ def publish(staged: Path, final: Path) -> None:
     """Bring a proven model under its final name, data first.
 
     Raises:
-        PublishError: If the rename fails; nothing half-written has the final name then.
+        PublishError: If the rename fails, or a file of somebody else has that name; nothing
+            half-written has the final name then.
     """
+    require_replaceable(final)
     staged_data, final_data = (path.with_name(path.name + DATA_SUFFIX) for path in (staged, final))
     try:
         if staged_data.exists():
@@ -160,6 +162,21 @@ def publish(staged: Path, final: Path) -> None:
         _sync(final.parent)
     except OSError as error:
         raise PublishError(_not_written(final, error)) from error
+
+
+def require_replaceable(final: Path) -> None:
+    """Refuse to overwrite files that we did not write.
+
+    Raises:
+        PublishError: If there is one under the name of the model or of its report.
+    """
+    report = report_path(final)
+    for file, ours in ((final, is_ours), (report, is_our_report)):
+        if file.is_file() and not ours(file):
+            raise PublishError(
+                f"{file} was not written by onnxport and is left alone. "
+                "Move it away, or give another folder for the models with dirpath=."
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -189,10 +206,17 @@ def report_path(path: Path) -> Path:
 
 
 def remove_model(path: Path) -> None:
-    """Remove a model, its external data and its report; what is not there is left alone."""
-    for file in (*model_files(path), report_path(path)):
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()
+    """Remove a model of ours, its external data and its report.
+
+    What is not there, and what somebody else put there, is left alone.
+    """
+    report = report_path(path)
+    reported = is_our_report(report)
+    if is_ours(path) or (reported and not path.exists()):
+        for file in model_files(path):
+            file.unlink(missing_ok=True)
+    if reported:
+        report.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 
-from onnxport.errors import OnnxportError
+from onnxport.errors import OnnxportError, PublishError
 from onnxport.exporter.ladder import climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
+from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.writer import (
     publish,
     remove_model,
     report_path,
+    require_replaceable,
     staging,
     write_model,
     write_text,
@@ -63,6 +65,7 @@ class Pipeline:
         draft = _draft(job)
         seconds: dict[str, float] = {}
         try:
+            require_replaceable(job.path)
             report = self._run(job, draft, seconds)
         except OnnxportError as error:
             report = replace(draft, error=str(error))
@@ -70,9 +73,14 @@ class Pipeline:
             logger.exception("Exporting %s failed unexpectedly", job.path)
             report = replace(draft, error=f"{type(error).__name__}: {error}")
         report = replace(report, seconds={key: round(value, 4) for key, value in seconds.items()})
+        if report.ok:
+            try:
+                _write_report(report, job.path)
+            except OnnxportError as error:
+                report = replace(report, ok=False, path=None, error=str(error))
         if not report.ok:
-            _discard_stale(job.path)
-        save_report(report, job.path)
+            report = _discard_stale(report, job.path)
+            save_report(report, job.path)
         return report
 
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
@@ -204,15 +212,28 @@ def read_report(path: Path) -> ExportReport | None:
 def save_report(report: ExportReport, path: Path) -> None:
     """Write the report beside the model; a disk that does not take it is logged."""
     try:
-        write_text(report_path(path), report.to_json())
+        _write_report(report, path)
     except OnnxportError as error:
         logger.warning("The report of %s was not written: %s", path, error)
 
 
-def _discard_stale(path: Path) -> None:
+def _write_report(report: ExportReport, path: Path) -> None:
+    """Write the report beside the model.
+
+    Raises:
+        PublishError: If the disk does not take it, or a file of somebody else has its name.
+    """
+    file = report_path(path)
+    if file.is_file() and not is_our_report(file):
+        raise PublishError(f"{file} was not written by onnxport and is left alone.")
+    write_text(file, report.to_json())
+
+
+def _discard_stale(report: ExportReport, path: Path) -> ExportReport:
     """Remove an older model of ours: it would hold other weights than its checkpoint."""
-    if read_report(path) is not None:
-        try:
-            remove_model(path)
-        except OSError as error:
-            logger.warning("%s holds older weights and was not removed: %s", path, error)
+    try:
+        remove_model(path)
+    except OSError as error:
+        stale = f"{path} holds older weights and cannot be removed ({error.strerror or error})."
+        return replace(report, error=f"{report.error} {stale}")
+    return report
