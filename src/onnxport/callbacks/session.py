@@ -7,7 +7,9 @@ of its methods raises: failures are reported, and handed out by :meth:`ExportSes
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,16 +21,17 @@ import torch
 from onnxport.api import read_examples, require_submodule
 from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.module_state import copy_module, load_weights, run_borrowed
+from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer
 from onnxport.pipeline import ExportJob, LiveReference, Pipeline
 from onnxport.pipeline.run import read_report, save_report
-from onnxport.report import ExportReport, Provenance
+from onnxport.report import ExportReport, Provenance, TrackingRecord
 from onnxport.tree import Example, flatten, map_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -42,8 +45,17 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
 
 
-def model_path(checkpoint: str | Path, dirpath: Path | None = None) -> Path:
+def model_path(
+    checkpoint: str | Path, dirpath: Path | None = None, roots: Sequence[str | Path] = ()
+) -> Path:
     """Return where the model of a checkpoint goes: beside it, same stem, ``.onnx``.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        dirpath: Folder for all models. Where the model of another checkpoint has the name there
+            already, a hash of the checkpoint's path follows it.
+        roots: Folders of checkpoints; below ``dirpath``, a model has the same path as its
+            checkpoint has below the first of them that holds it.
 
     Example:
         >>> model_path("runs/epoch=1-acc=0.95.ckpt").name
@@ -51,7 +63,39 @@ def model_path(checkpoint: str | Path, dirpath: Path | None = None) -> Path:
     """
     path = Path(checkpoint)
     stem = path.stem if path.suffix in _CHECKPOINT_SUFFIXES else path.name
-    return (path.parent if dirpath is None else dirpath) / f"{stem}.onnx"
+    if dirpath is None:
+        return path.parent / f"{stem}.onnx"
+    parents = [path.relative_to(root).parent for root in roots if path.is_relative_to(root)]
+    folder = dirpath / (parents[0] if parents else "")
+    plain = folder / f"{stem}.onnx"
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # noqa: PTH100 - no links
+    unique = folder / f"{stem}-{digest}.onnx"
+    if _is_model_of(unique, path) or _is_taken(plain, path):
+        return unique
+    return plain
+
+
+def _is_model_of(model: Path, checkpoint: Path) -> bool:
+    """Tell whether a model of ours, or a report of a failed export, is of this checkpoint."""
+    report = read_report(model)
+    if report is not None and report.checkpoint is not None:
+        recorded = Path(report.checkpoint)
+        if recorded.name != checkpoint.name:
+            return False
+        # A folder may have been moved with everything in it.
+        return model.parent == checkpoint.parent or recorded.absolute() == checkpoint.absolute()
+    return read_metadata(model).get("checkpoint") == checkpoint.name
+
+
+def _is_taken(model: Path, checkpoint: Path) -> bool:
+    """Tell whether a name belongs to the model of another checkpoint, which is still there."""
+    report = read_report(model)
+    return (
+        report is not None
+        and report.checkpoint is not None
+        and Path(report.checkpoint).exists()
+        and not _is_model_of(model, checkpoint)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,9 +191,14 @@ class ExportSession:
             report = self._export(saved)
         self._keep(replace(report, path=None), time.perf_counter() - start)
 
-    def removed(self, path: Path) -> None:
-        """A checkpoint was removed: remove its model, if it is one of ours."""
-        if read_report(path) is None:
+    def removed(self, path: Path, checkpoint: str | None = None) -> None:
+        """A checkpoint was removed: remove its model.
+
+        Args:
+            path: The model; files that are none of ours stay.
+            checkpoint: If given, the model of another checkpoint stays, too.
+        """
+        if checkpoint is not None and not _is_model_of(path, Path(checkpoint)):
             return
         try:
             remove_model(path)
@@ -166,12 +215,16 @@ class ExportSession:
         self._observer.stop()
         if self._tracker is None:
             return
-        for place, report in enumerate(self.reports):
-            is_best = best is not None and report.path == str(best)
+        self._tracker.resume()
+        # A file that was written twice holds the weights of its last report.
+        newest = {report.path: place for place, report in enumerate(self.reports) if report.ok}
+        for path, place in newest.items():
+            report = self.reports[place]
+            is_best = best is not None and path == str(best)
             missing = report.tracking is not None and report.tracking.missing
-            if report.ok and Path(str(report.path)).exists() and (is_best or missing):
-                origin = self._origins.get(str(report.path), Provenance())
-                self.reports[place] = self._track(report, origin, last=True)
+            if Path(str(path)).exists() and (is_best or missing):
+                origin = self._origins.get(str(path), Provenance())
+                self.reports[place] = self._track(report, origin, last=is_best)
                 if self._is_down(place):
                     break  # the server is still down: asking again for each model would take long
         self._tracker.close(failed=failed)
@@ -265,7 +318,13 @@ class ExportSession:
         if self._tracker is None or not report.ok:
             return report
         self._origins[str(report.path)] = origin
-        tracked = report.with_tracking(self._tracker.publish(report, origin, last=last))
+        try:
+            tracked = report.with_tracking(self._tracker.publish(report, origin, last=last))
+        except BaseException:  # Ctrl-C: what was begun is found and completed by the next try
+            record = TrackingRecord(uri="", missing="publishing was interrupted")
+            if report not in self.reports:
+                self.reports.append(report.with_tracking(record))
+            raise
         save_report(tracked, Path(str(report.path)))
         return tracked
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from onnxport.config import MLflow
+from onnxport.report import TrackingRecord
 
 if TYPE_CHECKING:
-    from onnxport.report import ExportReport, Provenance, TrackingRecord
+    from onnxport.report import ExportReport, Provenance
 
-__all__ = ["RunAddress", "Tracker"]
+__all__ = ["RunAddress", "Tracker", "Unavailable"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,31 @@ class Tracker(Protocol):
         """
         ...
 
+    def resume(self) -> None:
+        """Training is over: a server that was down may be asked again."""
+        ...
+
     def close(self, *, failed: bool) -> None:
         """End a run that the tracker itself started."""
         ...
+
+
+class Unavailable:
+    """Stands for a server whose address could not be found out.
+
+    Args:
+        reason: Why; it goes to each report.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:  # noqa: ARG002
+        """Say that everything is missing."""
+        return TrackingRecord(uri="", missing=self._reason)
+
+    def resume(self) -> None:
+        """Do nothing."""
+
+    def close(self, *, failed: bool) -> None:
+        """Do nothing."""

@@ -90,6 +90,10 @@ class MlflowTracker:
         self._down = None
         return record
 
+    def resume(self) -> None:
+        """Training is over: a server that was down may be asked again."""
+        self._down = None
+
     def close(self, *, failed: bool) -> None:
         """End the run if it is ours; the run of a logger is never touched."""
         if not self._started_run or self._address.run_id is None or self._down is not None:

@@ -15,16 +15,19 @@ from onnxport.callbacks.cadence import When, read_when
 from onnxport.callbacks.checkpoint_io import MirroredCheckpointIO
 from onnxport.callbacks.lightning.facts import (
     best_checkpoint,
+    checkpoint_roots,
     is_redirected,
     origin_of,
     run_address,
     with_best_score,
 )
+from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unpickled
 from onnxport.callbacks.options import read_mlflow
 from onnxport.callbacks.session import ExportSession, Saved, model_path
 from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ExportError
+from onnxport.tracking.base import Unavailable
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
@@ -118,6 +121,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self._session: ExportSession | None = None
         self._earlier: list[ExportReport] = []
         self._saves = 0
+        self._measured = Measured()
+        self._roots: list[str] = []
 
     @property
     def reports(self) -> list[ExportReport]:
@@ -153,6 +158,7 @@ class OnnxExport(metaclass=FrameworkAware):
         checkpoint_io.on_removed = self._on_removed
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._measured, self._roots = Measured(), checkpoint_roots(trainer)
         if not trainer.is_global_zero:
             return
         self._earlier, self._saves = self.reports, 0
@@ -174,6 +180,14 @@ class OnnxExport(metaclass=FrameworkAware):
         if trainer.world_size == 1:
             self._raise_failure(trainer)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._measured.begin(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._measured.end(trainer.callback_metrics, trainer.global_step)
+
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -190,7 +204,9 @@ class OnnxExport(metaclass=FrameworkAware):
             with _never_raises("the export at the end of training"):
                 self._export_at_end(trainer, pl_module)
             best = best_checkpoint(trainer)
-            self._session.finish(None if best is None else model_path(best, self.dirpath))
+            self._session.finish(
+                None if best is None else model_path(best, self.dirpath, self._roots)
+            )
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -204,7 +220,7 @@ class OnnxExport(metaclass=FrameworkAware):
             return
         with _never_raises(f"exporting {path}"):
             if self._wants(trainer, path):
-                self._save(content["state_dict"], path, origin_of(trainer, path))
+                self._save(content["state_dict"], path, origin_of(trainer, path, self._measured))
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
@@ -215,11 +231,11 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _on_removed(self, path: str) -> None:
         if self._session is not None:
-            self._session.removed(model_path(path, self.dirpath))
+            self._session.removed(model_path(path, self.dirpath, self._roots), path)
 
     def _save(self, state: Any, checkpoint: str, origin: Provenance) -> None:
         if self._session is not None:
-            path = model_path(checkpoint, self.dirpath)
+            path = model_path(checkpoint, self.dirpath, self._roots)
             self._session.saved(Saved(state=state, path=path, origin=origin))
 
     def _export_at_end(self, trainer: Any, pl_module: Any) -> None:
@@ -234,10 +250,10 @@ class OnnxExport(metaclass=FrameworkAware):
             if not trainer.checkpoint_callbacks and not self._saves:
                 name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
                 folder = Path(trainer.log_dir or trainer.default_root_dir)
-                origin = replace(origin_of(trainer, ""), checkpoint=None)
+                origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
                 self._save(pl_module.state_dict(), str(folder / name), origin)
             return
-        path = str(model_path(best, self.dirpath))
+        path = str(model_path(best, self.dirpath, self._roots))
         if (
             any(report.ok and report.path == path for report in self.reports)
             and Path(path).exists()
@@ -253,7 +269,7 @@ class OnnxExport(metaclass=FrameworkAware):
             epoch=content.get("epoch"),
             global_step=content.get("global_step"),
         )
-        self._save(content["state_dict"], best, with_best_score(trainer, origin))
+        self._save(content["state_dict"], best, with_best_score(trainer, origin, self._measured))
 
     def _dry_run(self, trainer: Any, pl_module: Any) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
@@ -264,19 +280,23 @@ class OnnxExport(metaclass=FrameworkAware):
                 Saved(
                     state=pl_module.state_dict(),
                     path=Path(folder) / "model.onnx",
-                    origin=replace(origin_of(trainer, ""), checkpoint=None),
+                    origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
                 )
             )
 
     # --- tracking and errors ----------------------------------------------------------------
 
     def _tracker(self, trainer: Any) -> Tracker | None:
-        address = run_address(trainer, self._mlflow)
-        if address is None or trainer.fast_dev_run:
+        if self._mlflow is None or trainer.fast_dev_run:
             return None
         from onnxport.tracking.mlflow import MlflowTracker
 
-        return MlflowTracker(address)
+        try:
+            address = run_address(trainer, self._mlflow)
+        except Exception as error:
+            logger.exception("The MLflow run could not be found. Training goes on.")
+            return Unavailable(f"The MLflow run could not be found: {error}")
+        return None if address is None else MlflowTracker(address)
 
     def _raise_failure(self, trainer: Any) -> None:
         """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""

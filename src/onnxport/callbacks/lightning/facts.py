@@ -7,13 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxport.callbacks.lightning.measured import Measured
 from onnxport.report import Provenance
 from onnxport.tracking.base import RunAddress
 
 if TYPE_CHECKING:
     from onnxport.config import MLflow
 
-__all__ = ["best_checkpoint", "is_redirected", "origin_of", "run_address", "with_best_score"]
+__all__ = [
+    "best_checkpoint",
+    "checkpoint_roots",
+    "is_redirected",
+    "origin_of",
+    "run_address",
+    "with_best_score",
+]
 
 
 def run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress | None:
@@ -33,10 +41,9 @@ def run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress |
             )
     if eagerness == "auto":
         return None
-    root = Path(trainer.default_root_dir).resolve()
     if options.tracking_uri is not None:
         return RunAddress(uri=options.tracking_uri, options=options)
-    root.mkdir(parents=True, exist_ok=True)
+    root = Path(trainer.default_root_dir).resolve()
     return RunAddress(
         uri=f"sqlite:///{root / 'mlflow.db'}",
         artifact_root=(root / "mlartifacts").as_uri(),
@@ -54,36 +61,51 @@ def is_redirected(module: Any) -> bool:
     return getattr(forward, "__name__", "") == "wrapped_forward"
 
 
-def origin_of(trainer: Any, checkpoint: str) -> Provenance:
-    """Return the metrics at the time of saving, and which of them decides what is best."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    monitored = next((cb for cb in trainer.checkpoint_callbacks if _monitor(cb) is not None), None)
+def origin_of(trainer: Any, checkpoint: str, measured: Measured | None = None) -> Provenance:
+    """Return the metrics of the weights that are saved, and which of them decides what is best."""
+    metrics = trainer.callback_metrics
+    deciding = _deciding(trainer)
     return Provenance(
         checkpoint=checkpoint,
         epoch=trainer.current_epoch,
         global_step=trainer.global_step,
-        metrics=metrics,
-        monitor=_monitor(monitored),
-        mode="max" if getattr(monitored, "mode", "min") == "max" else "min",
+        metrics=(measured or Measured()).fresh(metrics, trainer.global_step),
+        monitor=getattr(deciding, "monitor", None),
+        mode="max" if getattr(deciding, "mode", "min") == "max" else "min",
     )
 
 
-def _monitor(callback: Any) -> str | None:
-    return getattr(callback, "monitor", None)
+def checkpoint_roots(trainer: Any) -> list[str]:
+    """Return the folders that checkpoints are written to."""
+    folders = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
+    return [str(folder) for folder in folders if folder]
+
+
+def _deciding(trainer: Any) -> Any:
+    """Return the one callback that says what is best: the first with a monitor, else the first."""
+    callbacks = trainer.checkpoint_callbacks
+    with_monitor = (cb for cb in callbacks if getattr(cb, "monitor", None) is not None)
+    return next(with_monitor, next(iter(callbacks), None))
 
 
 def best_checkpoint(trainer: Any) -> str | None:
     """Return the best checkpoint that is on disk."""
-    for callback in trainer.checkpoint_callbacks:
+    for callback in (_deciding(trainer), *trainer.checkpoint_callbacks):
         best = getattr(callback, "best_model_path", "")
         if best and Path(best).is_file():
             return str(best)
     return None
 
 
-def with_best_score(trainer: Any, origin: Provenance) -> Provenance:
+def with_best_score(
+    trainer: Any, origin: Provenance, measured: Measured | None = None
+) -> Provenance:
     """The current metrics are the last epoch's; of the best one only the score is known."""
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    if origin.monitor is None or score is None or not math.isfinite(float(score)):
+    if origin.monitor is None:
         return replace(origin, metrics={})
-    return replace(origin, metrics={origin.monitor: float(score)})
+    deciding = _deciding(trainer)
+    score = getattr(deciding, "best_model_score", None)
+    if score is None or str(getattr(deciding, "best_model_path", "")) != origin.checkpoint:
+        score = math.nan
+    value = (measured or Measured()).at(origin.monitor, origin.global_step, float(score))
+    return replace(origin, metrics={origin.monitor: value} if math.isfinite(value) else {})
