@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import onnxport
-from onnxport.exporter.explain import explain
+from onnxport.errors import VerificationError
+from onnxport.exporter.base import ExportRequest
+from onnxport.exporter.explain import classify, explain, explain_mismatch
+from onnxport.exporter.torchscript import ScriptCore
+from onnxport.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,24 +47,106 @@ def users_function(folder: Path, source: str) -> Callable[..., Any]:
             "No ONNX function found for <OpOverload(op='aten.eigvals', overload='default')>. No.",
             "aten.eigvals",
         ),
-        ("No ONNX function found for <built-in function pow>", "built-in function pow"),
         (
-            "Exporting the operator 'aten::fft_fft2' to ONNX opset version 20 is not supported.",
-            "aten::fft_fft2",
+            "Exporting the operator 'aten::det' to ONNX opset version 20 is not supported.",
+            "aten::det",
         ),
         ("Unsupported: operator aten::foo is unknown", "aten::foo"),
         ("While executing node, target: aten.nonzero.default, args", "aten.nonzero.default"),
     ],
 )
 def test_an_operator_without_a_translation_is_named(text: str, operator: str) -> None:
-    expected = f"The operator {operator} has no ONNX translation in this core."
-    assert explain(RuntimeError(text)) == expected
+    said = explain(RuntimeError(text))
+    assert said.startswith(f"The operator {operator} has no ONNX translation in this core. Rewrite")
 
 
 def test_the_operator_is_found_in_the_cause_too() -> None:
     outer = RuntimeError("Failed to convert the exported program.")
     outer.__cause__ = ValueError("Exporting the operator 'aten::foo' to ONNX is not supported")
-    assert explain(outer) == "The operator aten::foo has no ONNX translation in this core."
+    assert explain(outer).startswith("The operator aten::foo has no ONNX translation in this core.")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("The serialized model is larger than the 2GiB limit imposed by protobuf", "too large"),
+        ("onnx.ModelProto exceeds maximum protobuf size of 2GB: 3000000000", "too large"),
+        ("CUDA out of memory. Tried to allocate 20.00 GiB", "out of memory"),
+        ("A process in the process pool was terminated abruptly while running", "crash"),
+        ("Not all values of batch are valid: generated guard Eq(Mod(s0, 8), 0)", "size must be"),
+        ("Constraints violated (batch)! For more information", "dimension specialised"),
+        ("Can't call numpy() on Tensor that requires grad", "numpy"),
+        ("something that nobody has seen before", ""),
+    ],
+)
+def test_what_is_too_dear_to_provoke_is_known_by_its_words(text: str, name: str) -> None:
+    known = classify(RuntimeError(text))
+    assert (known.name if known else "").startswith(name)
+    assert (known is None) == (not name)
+
+
+def test_a_multiple_that_a_size_must_be_is_told() -> None:
+    said = explain(RuntimeError("the generated guard Eq(Mod(s0, 8), 0) does not hold"))
+    assert said.startswith("A dynamic dimension must be a multiple of 8: ")
+    assert "Pad to a multiple of 8" in said
+
+
+def test_the_calling_script_is_not_what_could_not_be_exported(tmp_path: Path) -> None:
+    # The traceback starts in the script, then comes onnxport, then torch.
+    call = users_function(tmp_path, "def forward(run):\n    return run()\n")
+    bad: Any = "no module"
+    request = ExportRequest(
+        module=bad,
+        args=(),
+        input_names=(),
+        output_names=(),
+        input_axes=(),
+        output_axes=(),
+        opset=20,
+    )
+    text = explain(caught(lambda: call(lambda: ScriptCore().export(request))))
+    assert "net.py" not in text
+
+
+def check(rows: str, size: int, *, ok: bool) -> Check:
+    return Check(
+        provider="CPU", sizes={"batch": size}, rows=rows, reference="table", outputs=(), ok=ok
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        ((), "the first comparison already fails"),
+        ((("real", 6),), "other sizes agree"),
+        ((("real", 6), ("real", 2)), "other values of the same size agree"),
+    ],
+)
+def test_what_changed_since_the_last_agreement_is_the_cause(
+    before: tuple[tuple[str, int], ...], why: str
+) -> None:
+    passed = [check(rows, size, ok=True) for rows, size in before]
+    error = VerificationError("They disagree.", (*passed, check("negated", 2, ok=False)))
+    said = explain_mismatch(error, "dynamo")
+    assert said.startswith(f"They disagree: {why}")
+
+
+def test_the_lines_at_which_the_tracer_warned_are_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("\n    if x.sum() > 0:\n", encoding="utf-8")
+    warned = (
+        f"{file}:2: TracerWarning: To a Python boolean\n  if x.sum() > 0:\n"
+    )
+    library = f"{TORCH}/nn/module.py:3: TracerWarning: Converting a tensor\n"
+    error = VerificationError("They disagree.", (check("real", 1, ok=False),))
+    said = explain_mismatch(error, "trace", warned + library + warned)
+    assert f"as it warned at {file}:2 (`if x.sum() > 0:`). Choose" in said
+    assert "warned" not in explain_mismatch(error, "dynamo", warned)
+
+
+def test_a_mismatch_of_unknown_cause_stays_the_fact() -> None:
+    error = VerificationError("The provider CUDA was asked for and not used.")
+    assert explain_mismatch(error, "trace", "x.py:1: TracerWarning: y") == str(error)
 
 
 def test_without_an_operator_it_is_the_first_line_of_the_root_error() -> None:

@@ -1,165 +1,191 @@
-"""Turn an exporter's error into a sentence: which operator or statement, in which user's line."""
+"""Say in a sentence or two why an attempt failed: what, in which line of the user's, what to do."""
 
 from __future__ import annotations
 
-import linecache
-import os
 import re
-import sysconfig
-import traceback
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import onnxscript
-import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
+from onnxport.exporter.failures import FAILURES, MISMATCHES, recognised
+from onnxport.exporter.locate import (
+    autograd_function_line,
+    calling_line,
+    chain_of,
+    complex_line,
+    fixing_line,
+    traced_lines,
+    user_line,
+    went_through,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
-__all__ = ["explain"]
+    from onnxport.errors import VerificationError
+    from onnxport.exporter.base import ExportRequest
+    from onnxport.exporter.failures import FailureClass
 
-_LIBRARIES = tuple(
-    f"{Path(package.__file__).parent}{os.sep}"
-    for package in (torch, onnxscript)
-    if package.__file__ is not None
-)
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_PACKAGES = "site-packages"
-_OWN = f"{Path(__file__).parent.parent}{os.sep}"
-_PYTHON_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
-_JIT_FRAME = re.compile(r"(\S+\.py)\((\d+)\): (\w+)")
-_JIT_SOURCE = re.compile(r'File "([^"]+)", line (\d+)\n')
-_OPERATORS = (
-    re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'"),
-    re.compile(r"No ONNX function found for <([^>]+)>"),
-    re.compile(r"Exporting the operator '([^']+)'"),
-    re.compile(r"operator '?(aten::\w+)'?"),
-    re.compile(r"target: (aten\.\w+(?:\.\w+)?)"),
-)
+__all__ = ["classify", "explain", "explain_mismatch"]
+
 _MAX_LENGTH = 400
+_MAX_QUOTED = 160
+_GUESSED = re.compile(r"inputs(?:\['tensors'\])?\[(?P<input>\d+)\]\.shape\[(?P<axis>\d+)\]")
+_MAX_LINES = 3
+_INTERPRETER = "failed in the TorchScript interpreter"
+_QUOTE = "<--- HERE"
 
 
-def explain(error: BaseException, rerun: Callable[[], object] | None = None) -> str:
+def explain(
+    error: BaseException,
+    rerun: Callable[[], object] | None = None,
+    request: ExportRequest | None = None,
+) -> str:
     """Say in a sentence or two what stopped a core.
 
     Args:
         error: What ``torch.onnx.export`` or the module raised.
         rerun: Runs the module eagerly; used to find the line that calls an operator when the error
-            does not say.
+            does not say. Default: with the request's example.
+        request: What was to be exported; used to name dimensions and to find the line that fixes
+            one.
 
     Returns:
-        The operator without a translation, or the first line of the root error; and the last line
-        of the user's own code that was being exported, where it can be found.
+        What could not be exported and in which line of the user's own code, where it can be found;
+        why; and the smallest change. An error of no known class is told by its first line.
     """
-    chain = list(_chain(error))
-    text = "\n".join(str(link) for link in chain)
-    operator = next((m[1] for pattern in _OPERATORS if (m := pattern.search(text))), None)
-    if operator is not None:
-        what = f"The operator {operator} has no ONNX translation in this core"
+    chain = list(chain_of(error))
+    text = _text(chain)
+    known = recognised(FAILURES, text)
+    # What waits for a process that died is not what killed it.
+    where = None if known is not None and known[0].name == "crash" else user_line(chain, text)
+    message = _first_line(chain[-1])
+    if known is None:
+        return f"{message}, at {where}." if where else f"{message}."
+    failure, match = known
+    facts = _facts(match) | {"message": _cut(message, _MAX_QUOTED)}
+    if "dim" in facts:
+        facts["dim"] = _named_dim(facts["dim"], request)
+        facts.setdefault("size", "one size")
+        where = where or (fixing_line(request) if request is not None else None)
+    again = rerun or ((lambda: request.module(*request.args)) if request is not None else None)
+    if where is None and again is not None:
+        where = _line_of_rerun(failure, facts, again)
+    return _sentence(failure, facts, where)
+
+
+def _line_of_rerun(
+    failure: FailureClass, facts: dict[str, str], rerun: Callable[[], object]
+) -> str | None:
+    if failure.name == "complex":
+        return complex_line(rerun)
+    if failure.name == "custom autograd function":
+        return autograd_function_line(rerun)
+    return calling_line(facts["operator"], rerun) if "operator" in facts else None
+
+
+def classify(error: BaseException) -> FailureClass | None:
+    """Return the class of failure that an error belongs to, or ``None``."""
+    chain = list(chain_of(error))
+    known = recognised(FAILURES, _text(chain))
+    return None if known is None else known[0]
+
+
+def explain_mismatch(error: VerificationError, core: str, output: str = "") -> str:
+    """Add the likely cause, and what to do, to what a proof found wrong.
+
+    Args:
+        error: What the proof raised.
+        core: The core whose model it is.
+        output: What torch printed during the export: the tracer warns there, with the user's line,
+            where it keeps a value as a constant.
+
+    Returns:
+        The fact, the cause and the smallest change; the fact alone where nothing is known, e.g.
+        when a provider was not there.
+    """
+    fact = str(error)
+    lines = traced_lines(output)[:_MAX_LINES] if core != "dynamo" else []
+    known = recognised(MISMATCHES, fact)
+    if known is not None:
+        failure, match = known
+        facts = _facts(match)
+        why, advice = failure.why.format_map(facts), failure.advice.format_map(facts)
+        frozen = failure.name in {"shape baked in", "dimension specialised"}
+    elif error.checks and not error.checks[-1].ok:
+        why, advice = _why_numbers_differ(error, traced=bool(lines))
+        frozen = True
     else:
-        what = _first_line(chain[-1])
-    where = _user_line(chain, text)
-    if where is None and operator is not None and rerun is not None:
-        where = _calling_line(operator, rerun)
-    return f"{what}, at {where}." if where else f"{what}."
+        return fact
+    noted = f", as it warned at {'; '.join(lines)}" if lines and frozen else ""
+    return f"{fact.rstrip('.')}: {why}{noted}. {advice}."
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes, outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+_FROZEN_VALUE = (
+    "other values of the same size agree, so one way of a branch on the data, or a number taken "
+    "from it, was kept as a constant"
+)
+_FROZEN_SIZE = "other sizes agree, so a size, or a branch on a size, was kept as a constant"
+_FROZEN = "the tracer kept a value of the example as a constant"
+_WRONG = (
+    "the first comparison already fails, so a value of the example was kept as a constant, an "
+    "operator is translated wrongly, or the module gives other numbers in each call"
+)
+_BY_DATA = "Choose by data with torch.where or torch.cond"
+_BY_SIZE = "Take sizes from x.shape where they are used, without int()"
+
+
+def _why_numbers_differ(error: VerificationError, *, traced: bool) -> tuple[str, str]:
+    """Compare the failed check with those that agreed: what changed between them is the cause."""
+    failed, agreed = error.checks[-1], error.checks[:-1]
+    if any(check.sizes == failed.sizes and check.rows != failed.rows for check in agreed):
+        return _FROZEN_VALUE, _BY_DATA
+    if agreed:
+        return _FROZEN_SIZE, _BY_SIZE
+    if traced:
+        return _FROZEN, f"{_BY_DATA}; take sizes from x.shape where they are used, without int()"
+    return _WRONG, "Choose another core with core=, and look for state that forward changes"
+
+
+def _sentence(failure: FailureClass, facts: dict[str, str], where: str | None) -> str:
+    title = failure.title.format_map(facts)
+    place = f", at {where}" if where else ""
+    why = f": {failure.why}" if failure.why else ""
+    return f"{title}{place}{why}. {failure.advice.format_map(facts)}."
+
+
+def _text(chain: list[BaseException]) -> str:
+    links = [f"{type(link).__name__}: {link}" for link in chain]
+    # It quotes the source like a compiler, for an error that running the code raised.
+    links = [link.replace(_QUOTE, "") if _INTERPRETER in link else link for link in links]
+    return "\n".join([*links, went_through(chain)])
+
+
+def _facts(match: re.Match[str]) -> dict[str, str]:
+    """Return the groups that matched; alternatives of one group are numbered."""
+    groups = match.groupdict().items()
+    return {name.rstrip("0123456789"): value for name, value in groups if value is not None}
+
+
+def _named_dim(dim: str, request: ExportRequest | None) -> str:
+    """Say ``'batch' (axis 0 of 'x')`` for torch's ``inputs['tensors'][0].shape[0]``."""
+    match = _GUESSED.search(dim)
+    if match is None:
+        return dim
+    place, axis = int(match["input"]), int(match["axis"])
+    if request is None or place >= len(request.input_names):
+        return f"axis {axis} of input {place}"
+    name = request.input_axes[place].get(axis)
+    where = f"axis {axis} of {request.input_names[place]!r}"
+    return f"{name!r} ({where})" if name else where
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and _INTERPRETER in lines[0]:
+        return _cut(lines[-1], _MAX_LENGTH).rstrip(".:,")
     text = next((line for line in lines if any(c.isalpha() for c in line)), "")
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return (text[:_MAX_LENGTH] + "…" if len(text) > _MAX_LENGTH else text).rstrip(".:,")
+    return _cut(text, _MAX_LENGTH).rstrip(".:,")
 
 
-def _user_line(chain: list[BaseException], text: str) -> str | None:
-    """Return ``file.py:12 in forward (`source`)`` for the innermost line of the user's code."""
-    frames = [
-        (frame.filename, frame.lineno or 0, frame.name)
-        for error in reversed(chain)
-        for frame in reversed(traceback.extract_tb(error.__traceback__))
-    ]
-    frames += [(m[1], int(m[2]), m[3]) for m in reversed(list(_PYTHON_FRAME.finditer(text)))]
-    frames += [(m[1], int(m[2]), m[3]) for m in _JIT_FRAME.finditer(text)]
-    frames += [(m[1], int(m[2]), "forward") for m in _JIT_SOURCE.finditer(text)]
-    return _first_of_user(frames)
-
-
-def _first_of_user(frames: Iterable[tuple[str, int, str]]) -> str | None:
-    """Describe the first frame in the user's own code, else the first in an installed package."""
-    seen = [frame for frame in frames if _is_modelling_code(frame[0])]
-    own = [frame for frame in seen if _PACKAGES not in frame[0]]
-    for filename, line, function in (own or seen)[:1]:
-        source = linecache.getline(filename, line).strip()
-        quoted = f" (`{source}`)" if source else ""
-        return f"{filename}:{line} in {function}{quoted}"
-    return None
-
-
-def _calling_line(operator: str, rerun: Callable[[], object]) -> str | None:
-    """Run once more and note the user's line that is executing when the operator is called."""
-    name = re.split(r"::|\.", operator.removeprefix("aten"))[1:2]
-    watch = _Watch(name[0] if name else operator)
-    try:
-        with watch.functions, watch.operators:
-            rerun()
-    except Exception:  # noqa: BLE001 - user code; only the line is wanted
-        return watch.found
-    return watch.found
-
-
-class _Watch:
-    """Finds the first call of an operator, by its name in Python or in the dispatcher."""
-
-    def __init__(self, name: str) -> None:
-        self.found: str | None = None
-        self.functions = _FunctionHook(self._see)
-        self.operators = _OperatorHook(self._see)
-        self._name = name
-
-    def _see(self, function: object) -> None:
-        called = getattr(function, "__name__", "").partition(".")[0]
-        if self.found is None and called == self._name:
-            frames = reversed(traceback.extract_stack())
-            self.found = _first_of_user((f.filename, f.lineno or 0, f.name) for f in frames)
-
-
-class _FunctionHook(TorchFunctionMode):
-    def __init__(self, see: Callable[[object], None]) -> None:
-        super().__init__()
-        self._see = see
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._see(func)
-        return func(*args, **(kwargs or {}))
-
-
-class _OperatorHook(TorchDispatchMode):
-    def __init__(self, see: Callable[[object], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._see = see
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._see(func)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_modelling_code(filename: str) -> bool:
-    """Tell whether a file is neither torch, onnxscript, onnxport nor Python itself."""
-    if not filename.endswith(".py"):
-        return filename.startswith("<ipython")
-    standard = filename.startswith(_STANDARD_LIBRARY) and _PACKAGES not in filename
-    return not standard and not filename.startswith((*_LIBRARIES, _OWN))
+def _cut(text: str, length: int) -> str:
+    return text[:length] + "…" if len(text) > length else text
