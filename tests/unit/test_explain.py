@@ -134,9 +134,7 @@ def test_what_changed_since_the_last_agreement_is_the_cause(
 def test_the_lines_at_which_the_tracer_warned_are_told_once(tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     file.write_text("\n    if x.sum() > 0:\n", encoding="utf-8")
-    warned = (
-        f"{file}:2: TracerWarning: To a Python boolean\n  if x.sum() > 0:\n"
-    )
+    warned = f"{file}:2: TracerWarning: To a Python boolean\n  if x.sum() > 0:\n"
     library = f"{TORCH}/nn/module.py:3: TracerWarning: Converting a tensor\n"
     error = VerificationError("They disagree.", (check("real", 1, ok=False),))
     said = explain_mismatch(error, "trace", warned + library + warned)
