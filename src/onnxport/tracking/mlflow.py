@@ -7,24 +7,22 @@ READY only when all its files are there.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import tempfile
-import time
-import urllib.error
-import urllib.request
+import uuid
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from onnxport._optional import optional_import
-from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.package import model_files_in_order, package_model
 from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
+from onnxport.tracking.reachable import require_reachable, without_password
 from onnxport.tracking.registry import already_there_is_fine, register
 
 if TYPE_CHECKING:
@@ -39,10 +37,13 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 0.7
 """How long a server may take to answer before it counts as down; waited for at most twice a fit."""
+REQUEST_TIMEOUT_S = 2
+"""How long it may take for each answer, once it has given a sign of life."""
+UPLOAD_BYTES_PER_S = 10_000_000
+"""How fast it must take files."""
 _ENVIRONMENT = {
     # Seconds, not the default 247 s; and no retries of creates, which would duplicate models.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
@@ -67,16 +68,19 @@ class MlflowTracker:
     def __init__(self, address: RunAddress) -> None:
         self._address = address
         self._started_run = False
+        self._fit = uuid.uuid4().hex
+        self._may_have_run = False
         self._down: str | None = None
 
     def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
         """Bring one proven model to the server; never raises.
 
-        Once the server was found down, later calls return at once; at the end (``last``) it is
-        asked once more.
+        Once the server was found down, later calls return at once, until :meth:`resume`. What an
+        earlier call has begun, and did not finish, is found and completed.
         """
-        record = report.tracking or TrackingRecord(uri=self._address.uri)
-        if self._down is not None and not last:
+        uri = without_password(self._address.uri)
+        record = replace(report.tracking or TrackingRecord(uri=uri), uri=uri)
+        if self._down is not None:
             return replace(record, missing=self._down)
         try:
             self._require_reachable()
@@ -84,7 +88,7 @@ class MlflowTracker:
                 record = self._publish(report, origin, last=last)
         except Exception as error:  # noqa: BLE001 - MLflow, its store and its transport raise anything
             what = "the logged model, its metrics and its version"
-            self._down = f"{what} are missing from {self._address.uri}: {_first_line(error)}"
+            self._down = f"{what} are missing from {uri}: {_first_line(error)}"
             logger.warning("Tracking %s: %s", report.path, self._down)
             return replace(record, missing=self._down)
         self._down = None
@@ -109,28 +113,14 @@ class MlflowTracker:
     # --- steps ------------------------------------------------------------------------------
 
     def _require_reachable(self) -> None:
-        """Ask an http server for a sign of life before any call that could block for minutes.
-
-        Raises:
-            TrackingError: If there is none.
-        """
-        if urlsplit(self._address.uri).scheme not in {"http", "https"}:
-            return
-        url = f"{self._address.uri.rstrip('/')}/health"
-        try:
-            urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S).close()  # noqa: S310 - http(s) only
-        except urllib.error.HTTPError:
-            return  # it answers, be it that it has no such page or wants a password
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            raise TrackingError(f"the server does not answer ({reason})") from error
+        require_reachable(self._address.uri, HEALTH_TIMEOUT_S)
 
     def _publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
         client = _client(self._address.uri)
         run_id, experiment_id = self._run(client)
         logged = self._logged_model(client, report, origin, run_id, experiment_id)
         record = TrackingRecord(
-            uri=self._address.uri,
+            uri=without_password(self._address.uri),
             run_id=run_id,
             experiment_id=experiment_id,
             model_id=logged.model_id,
@@ -147,7 +137,15 @@ class MlflowTracker:
                 experiment_id = found.experiment_id
             else:
                 experiment_id = client.create_experiment(name, address.artifact_root)
-            run_id = client.create_run(experiment_id).info.run_id
+            tag = f"{TAG_PREFIX}fit"
+            begun = (
+                client.search_runs([experiment_id], f"tags.`{tag}` = '{self._fit}'")
+                if self._may_have_run
+                else []
+            )
+            self._may_have_run = True
+            run = begun[0] if begun else client.create_run(experiment_id, tags={tag: self._fit})
+            run_id = run.info.run_id
             self._started_run = True
             self._address = replace(address, run_id=run_id, experiment_id=experiment_id)
             return str(run_id), str(experiment_id)
@@ -189,29 +187,46 @@ class MlflowTracker:
             folder = Path(temporary) / "model"
             package_model(report, folder, logged, run_id)
             for file in model_files_in_order(folder):
-                client.log_model_artifact(logged.model_id, str(file))
-        client.log_batch(run_id, metrics=self._metrics(report, logged.model_id, step))
+                with _fail_fast(REQUEST_TIMEOUT_S + file.stat().st_size // UPLOAD_BYTES_PER_S):
+                    client.log_model_artifact(logged.model_id, str(file))
+        self._log_metrics(client, report, logged, run_id)
         return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
-    def _metrics(self, report: ExportReport, model_id: str, step: int) -> list[Any]:
-        """The checkpoint's metrics, on the chart point that the logger wrote, and our own.
+    def _log_metrics(self, client: Any, report: ExportReport, logged: Any, run_id: str) -> None:
+        """Link the points that the logger wrote, and log our own metrics.
 
-        Lightning logs at ``global_step - 1`` what belongs to the checkpoint of ``global_step``.
+        A metric of a model is written to the history of its run, too. A point with the same step,
+        time and value is there already and changes nothing, so that the user's curves stay as they
+        are. What the logger did not write becomes a tag, in a run of somebody else.
         """
         from mlflow.entities import Metric
 
-        own = {
+        latest = {metric.key: metric for metric in client.get_run(run_id).data.to_proto().metrics}
+        step = max((report.global_step or 0) - 1, 0)  # where Lightning logs for this checkpoint
+        points = {
             "onnx/max_abs_error": report.max_abs_error or 0.0,
             "onnx/size_mb": Path(str(report.path)).stat().st_size / 2**20,
-            "onnx/export_s": sum(report.seconds.values()),
+            "onnx/export_s": sum(s for stage, s in report.seconds.items() if stage != "total"),
         }
-        prefix = self._address.metric_prefix
-        logged = {_metric_key(prefix + key): value for key, value in report.metrics.items()}
-        now = int(time.time() * 1000)
-        return [
-            Metric(key, value, now, max(step - 1, 0), model_id=model_id)
-            for key, value in (logged | own).items()
-        ]
+        linked: list[Metric] = []
+        tags: dict[str, str] = {}
+        for name, value in report.metrics.items():
+            key = _metric_key(self._address.metric_prefix + name)
+            point = latest.get(key)
+            if point is not None and point.value == value:
+                linked.append(
+                    Metric(key, value, point.timestamp, point.step, model_id=logged.model_id)
+                )
+            elif self._started_run:
+                points[key] = value
+            else:
+                tags[f"{TAG_PREFIX}metrics.{key}"] = repr(value)
+        # The time is fixed, so that a repetition writes the same points.
+        now = logged.creation_timestamp
+        own = [Metric(key, points[key], now, step, model_id=logged.model_id) for key in points]
+        client.log_batch(run_id, metrics=[*linked, *own])
+        if tags:
+            client.set_logged_model_tags(logged.model_id, tags)
 
 
 def _client(uri: str) -> Any:
@@ -221,10 +236,11 @@ def _client(uri: str) -> Any:
 
 
 @contextmanager
-def _fail_fast() -> Iterator[None]:
+def _fail_fast(timeout_s: int = REQUEST_TIMEOUT_S) -> Iterator[None]:
     """Bound how long MLflow's client may block; it reads these settings at each call."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+    wanted = _ENVIRONMENT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
@@ -236,8 +252,10 @@ def _fail_fast() -> Iterator[None]:
 
 
 def _key(report: ExportReport, run_id: str) -> str:
+    """Tell models apart, also those of equal weights under equal names in two folders."""
     weights = (report.weights_sha256 or "")[:16]
-    return f"{run_id}:{report.global_step}:{_stem(report)}:{weights}".replace("'", "_")
+    folder = hashlib.sha256(str(Path(str(report.path)).parent).encode()).hexdigest()[:8]
+    return f"{run_id}:{report.global_step}:{_stem(report)}:{weights}:{folder}".replace("'", "_")
 
 
 def _stem(report: ExportReport) -> str:

@@ -51,6 +51,7 @@ def register(
         return replace(record, registered_name=name)
     if version is None:
         version = _create_version(client, name, logged, tags)
+    _link_version(client, logged.model_id, name, version)
     holds_alias = champion is not None and int(champion.version) == version
     if better and not holds_alias:
         client.set_registered_model_alias(name, options.alias, str(version))
@@ -112,7 +113,6 @@ def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -
         tags=tags,
         await_creation_for=0,
     )
-    _link_version(client, logged.model_id, name, int(version.version))
     return int(version.version)
 
 
