@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,6 +136,10 @@ def training_net(kind: type[Net] = Net) -> Net:
 
 def addresses(module: nn.Module) -> set[int]:
     return {tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
+
+
+def copied_run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return copy_module(net)(x)
 
 
 # --- borrowing --------------------------------------------------------------------------------
@@ -317,6 +323,272 @@ def test_a_layer_that_renormalises_its_weights_in_forward_keeps_them() -> None:
     before = snapshot(net)
     run_borrowed(net, net.state_dict(), (torch.arange(4),), {})
     assert snapshot(net) == before
+
+
+class Stateful(nn.Module):
+    """Changes in forward what is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.calls: list[int] = []
+        self.seen = {"shapes": {0}, "last": deque([1], maxlen=2)}
+        self.mean = torch.zeros(4)
+        self.array = np.zeros(2)
+        self.numpy = np.random.default_rng(0)
+        self.old_numpy = np.random.RandomState(0)
+        self.python = random.Random(0)  # noqa: S311
+        self.torch = torch.Generator().manual_seed(0)
+        self.hidden = [nn.BatchNorm1d(4)]
+        self.made = self.body(torch.ones(1, 4))
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        self.seen["shapes"].add(len(x))
+        self.seen["last"].append(len(x))
+        self.mean += x.detach().mean(0)
+        self.array += 1
+        self.numpy.random(), self.old_numpy.random_sample(), self.python.random()
+        torch.rand(1, generator=self.torch)
+        self.hidden[0].train()(x)
+        self.made = self.body(x)
+        return self.made
+
+    def state(self) -> list[Any]:
+        return [
+            self.calls.copy(),
+            self.seen["shapes"].copy(),
+            list(self.seen["last"]),
+            self.mean.tolist(),
+            self.array.tolist(),
+            self.numpy.bit_generator.state,
+            self.old_numpy.get_state()[2],
+            self.python.getstate(),
+            self.torch.get_state().tolist(),
+            self.hidden[0].running_mean.tolist(),
+            id(self.made),
+        ]
+
+
+class StatefulLocked(Stateful):
+    """The same, with a lock beside it and one inside of an object with state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.tracker = Tracker()
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            self.tracker.count += 1
+            self.tracker.items.append(1)
+            return super().forward(x)
+
+    @override
+    def state(self) -> list[Any]:
+        return [*super().state(), self.tracker.count, self.tracker.items.copy()]
+
+
+class Tracker:
+    """Holds state, a lock and a way back to itself."""
+
+    __slots__ = ("count", "items", "lock", "me")
+
+    def __init__(self) -> None:
+        self.count, self.items, self.lock, self.me = 0, [1], threading.Lock(), [self]
+
+
+@pytest.mark.parametrize("kind", [Stateful, StatefulLocked])
+@pytest.mark.parametrize("how", ["borrowed", "copied"])
+def test_state_that_is_neither_parameter_nor_buffer_is_not_touched(
+    kind: type[Stateful], how: str
+) -> None:
+    net = kind()
+    x = torch.randn(5, 4)
+    net(x)
+    before = net.state()
+    if how == "borrowed":
+        run_borrowed(net, net.state_dict(), (x,), {})
+    else:
+        copy_module(net)(x)
+    assert net.state() == before
+    net(x[:3])
+    after = net.state()
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * len(before)
+
+
+def test_the_parts_of_what_cannot_be_copied_keep_their_relations() -> None:
+    net = StatefulLocked()
+    clone = copy_module(net)
+    assert clone.tracker is not net.tracker
+    assert clone.tracker.me[0] is clone.tracker
+    assert clone.tracker.lock is net.tracker.lock
+
+
+class Pipe:
+    """Closes what it holds when it is no longer needed."""
+
+    def __init__(self) -> None:
+        self.lock, self.open = threading.Lock(), [True]
+
+    def __del__(self) -> None:
+        getattr(self, "open", []).clear()
+
+
+def test_the_end_of_a_copy_closes_nothing_that_training_uses() -> None:
+    net = nn.Linear(2, 2)
+    net.pipe = Pipe()
+    run_borrowed(net, {}, (torch.ones(1, 2),), {})
+    copy_module(net)
+    assert net.pipe.open == [True]
+
+
+@pytest.mark.parametrize("how", [lambda net, x: run_borrowed(net, {}, (x,), {}), copied_run])
+def test_an_iterator_that_training_draws_from_is_not_drawn_from(how: Any) -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = (number for number in range(9))
+
+        @override
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + next(self.values)
+
+    net = Drawing()
+    with pytest.raises(RuntimeError, match="forward uses a generator, which belongs to the train"):
+        how(net, torch.ones(1))
+    assert next(net.values) == 0
+
+
+class Trained(nn.Module):
+    """Knows its trainer, as a LightningModule does, and logs in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self._trainer: Any = SimpleNamespace(epoch=3, logged=[])
+        self.watchers = [self._trainer]
+
+    def log(self, name: str, value: Any) -> None:
+        self._trainer.logged.append(name)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.log("mean", x.mean())
+        return self.body(x)
+
+
+class TrainedLocked(Trained):
+    """The same, and cannot be deep-copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("kind", [Trained, TrainedLocked])
+def test_runs_that_training_does_not_know_of_log_nothing(kind: type[Trained]) -> None:
+    net = kind()
+    x = torch.ones(1, 2)
+    assert torch.equal(run_borrowed(net, {}, (x,), {}), copy_module(net)(x))
+    assert net._trainer.logged == []
+    net(x)
+    assert net._trainer.logged == ["mean"]
+
+
+@pytest.mark.parametrize("kind", [Trained, TrainedLocked])
+def test_a_borrowed_module_has_its_trainer_and_a_copy_has_none(kind: type[Trained]) -> None:
+    net = kind()
+    with borrowed(net):
+        assert net._trainer.epoch == net.watchers[0].epoch == 3
+    clone = copy_module(net)
+    assert clone._trainer is None
+    with pytest.raises(RuntimeError, match="uses a SimpleNamespace, which belongs to the training"):
+        clone.watchers[0].epoch  # noqa: B018
+
+
+def test_a_module_that_reaches_another_by_itself_sees_the_given_weights() -> None:
+    net = nn.Module()
+    net.inner = nn.Linear(2, 2)
+    net.weights = [net.inner.weight]
+    inner = net.inner
+    net.forward = lambda x: x @ net.weights[0] + inner(x)  # type: ignore[method-assign]
+    state = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}
+    assert run_borrowed(net, state, (torch.ones(1, 2),), {}).tolist() == [[0.0, 0.0]]
+
+
+def test_a_borrowed_run_of_a_submodule_takes_its_part_of_the_weights() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    state = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}
+    before = snapshot(net)
+    got = run_borrowed(net, state, (torch.ones(1, 2),), {}, target="1")
+    assert got.tolist() == [[0.0, 0.0]]
+    assert snapshot(net) == before
+
+
+# --- compiled modules -------------------------------------------------------------------------
+
+
+def compiled_in(way: str) -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    if way == "wrapper":
+        net[0] = torch.compile(net[0], backend="eager")
+    elif way == "nested wrapper":
+        net[0] = nn.Sequential(torch.compile(net[0], backend="eager"))
+    elif way == "compile()":
+        net[0].compile(backend="eager")
+    elif way == "forward":
+        net.forward = torch.compile(net.forward, backend="eager")  # type: ignore[method-assign]
+    return net
+
+
+COMPILED = ["wrapper", "nested wrapper", "compile()", "forward"]
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_copy_of_what_is_compiled_is_plain_and_takes_the_checkpoint(way: str) -> None:
+    net = compiled_in(way)
+    x = torch.randn(3, 2)
+    state = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    clone = copy_module(net)
+    assert load_weights(clone, state) == ()
+    assert not any("_orig_mod" in name for name in clone.state_dict())
+    assert type(clone[0]) is (nn.Sequential if way == "nested wrapper" else nn.Linear)
+    assert torch.equal(clone(x), run_borrowed(net, state, (x,), {}))
+    assert not torch.equal(clone(x), net(x))
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_borrowed_run_compiles_nothing(way: str) -> None:
+    net = compiled_in(way)
+    net(torch.randn(3, 2))
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    run_borrowed(net, net.state_dict(), (torch.randn(5, 2),), {})
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames
+
+
+def test_a_compiled_function_under_another_name_belongs_to_the_copy() -> None:
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(2, 2)
+            self.fast = torch.compile(self.slow, backend="eager")
+            self.double = torch.compile(torch.neg, backend="eager")
+
+        def slow(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+        @override
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fast(x)
+
+    net = Fast()
+    clone = copy_module(net)
+    load_weights(clone, {name: torch.zeros_like(t) for name, t in net.state_dict().items()})
+    assert clone(torch.ones(1, 2)).tolist() == [[0.0, 0.0]]
+    assert net(torch.ones(1, 2)).tolist() != [[0.0, 0.0]]
 
 
 def test_what_forward_registers_when_first_called_does_not_stay() -> None:
@@ -537,6 +809,23 @@ def test_weights_that_are_no_numbers_load_too() -> None:
     net = nn.Linear(2, 1)
     assert load_weights(net, state) == ()
     assert torch.equal(net.weight.view(torch.int32), state["weight"].view(torch.int32))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["whole", "without versions"])
+def test_a_module_that_migrates_old_checkpoints_takes_one_of_its_own_version(keep: bool) -> None:
+    class Versioned(nn.Linear):
+        _version = 2
+
+        @override
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version", 1) < 2:
+                state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    source, target = nn.Sequential(Versioned(2, 2)), nn.Sequential(Versioned(2, 2))
+    state = source.state_dict()
+    assert load_weights(target, state if keep else dict(state)) == ()
+    assert torch.equal(target[0].weight, source[0].weight)
 
 
 def test_entries_that_are_no_tensors_are_passed_over() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from onnxport.api import read_examples, require_submodule
 from onnxport.errors import ExportError, OnnxportError
-from onnxport.exporter.module_state import copy_module, load_weights, run_borrowed
+from onnxport.exporter.module_state import copy_module, load_weights, plain_name, run_borrowed
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
@@ -269,7 +269,7 @@ class ExportSession:
             examples=examples,
             path=saved.path,
             options=self._options,
-            target=target,
+            target=plain_name(target),
             weights_sha256=weights_sha256(saved.state),
             provenance=saved.origin,
             reference=reference,
@@ -296,17 +296,11 @@ class ExportSession:
         device = next(
             (tensor.device for tensor in module.state_dict().values()), torch.device("cpu")
         )
-        prefix = f"{target}." if target else ""
-        own = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state.items()
-            if name.startswith(prefix) and isinstance(tensor, torch.Tensor)
-        }
         example = examples[0]
         args, kwargs = map_tensors(
             (example.args, dict(example.kwargs)), lambda tensor: tensor.to(device)
         )
-        outputs = run_borrowed(module, own, args, kwargs)
+        outputs = run_borrowed(self._module, state, args, kwargs, target=target)
         return LiveReference(
             example=example,
             outputs=tuple(tensor.detach().cpu() for _, tensor in flatten(outputs)[1]),

@@ -6,24 +6,34 @@ never moved, cast or written to. Everything else happens on a copy.
 
 from __future__ import annotations
 
-import copy
-import logging
 import random
-from contextlib import contextmanager
+import sys
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from onnxport._torch_compat import export_context, is_compiled_forward
+from onnxport.exporter.duplicate import Duplicator, Unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-__all__ = ["borrowed", "copy_module", "evaluate", "load_weights", "preserved_rng", "run_borrowed"]
-
-logger = logging.getLogger(__name__)
+__all__ = [
+    "borrowed",
+    "copy_module",
+    "evaluate",
+    "load_weights",
+    "plain_name",
+    "preserved_rng",
+    "run_borrowed",
+]
 
 
 @contextmanager
@@ -42,98 +52,183 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
-def borrowed(module: nn.Module) -> Iterator[nn.Module]:
+def borrowed(
+    module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None
+) -> Iterator[nn.Module]:
     """Switch a live module to eval mode and give it back exactly as it was.
 
-    Restored on any exit, per submodule: the ``training`` flag (a frozen BatchNorm stays frozen) and
-    the attributes that ``forward`` may have rebound; and the random number streams, grad mode,
-    autocast and the transformer fast path. Parameters and buffers are not protected here: run the
-    module through :func:`run_borrowed`, which puts other tensors in their place.
+    For the time of the loan every submodule has copies in place of its attributes: generators,
+    lists, counters, metrics and plain tensors that ``forward`` changes are not training's own.
+    Afterwards the originals are back, untouched; so are random number streams, grad mode, autocast
+    and the transformer fast path. What was compiled runs eagerly, so nothing is compiled anew.
+
+    Args:
+        module: The live module.
+        tensors: What stands in place of parameters and buffers, by the ``id`` of these. The others
+            are not protected.
     """
     submodules = list(module.modules())
-    attributes = [_attributes(submodule) for submodule in submodules]
-    flags = [submodule.training for submodule in submodules]
-    with preserved_rng(), export_context():
+    before = [dict(vars(submodule)) for submodule in submodules]
+    memo = _shared(submodules) | {
+        id(tensor): tensor
+        for attributes in before
+        for registry in ("_parameters", "_buffers")
+        for tensor in attributes[registry].values()
+        if tensor is not None
+    }
+    duplicator = Duplicator(memo | dict(tensors or {}))
+    with preserved_rng(), export_context(), _eager():
         try:
+            for submodule, attributes in zip(submodules, before, strict=True):
+                lent = {name: duplicator.copy(value) for name, value in attributes.items()}
+                vars(submodule).update(lent)
+                _silence(submodule)
             for submodule in submodules:
                 # Not .eval(): users override train() to keep parts frozen, and it may have effects.
                 submodule.training = False
             yield module
         finally:
-            for submodule, before, flag in zip(submodules, attributes, flags, strict=True):
-                _restore(vars(submodule), before)
-                submodule.training = flag
+            for submodule, attributes in zip(submodules, before, strict=True):
+                current = vars(submodule)
+                for name in current.keys() - attributes.keys():
+                    del current[name]
+                current.update(attributes)
 
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+def _eager() -> AbstractContextManager[Any]:
+    """Run what was compiled as it was written; nothing is compiled for other tensors or modes."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Return each attribute, and for the registries of a module what they hold."""
-    return {
-        name: (value, dict(value) if name in _REGISTRIES and isinstance(value, dict) else None)
-        for name, value in vars(module).items()
-    }
+_TRAINERS = ("_trainer", "_fabric")
+"""Attributes through which a module reaches the loop that trains it."""
 
 
-def _restore(current: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
-    for name in current.keys() - before.keys():
-        del current[name]
-    for name, (value, held) in before.items():
-        current[name] = value
-        if held is not None:
-            value.clear()
-            value.update(held)
+def _shared(submodules: Sequence[nn.Module]) -> dict[Any, Any]:
+    """Return what is never copied, by ``id``: the modules, their trainers, their compilers."""
+    names = (*_TRAINERS, "_compiler_ctx", "dynamo_ctx")
+    values = [vars(submodule).get(name) for submodule in submodules for name in names]
+    return {id(value): value for value in (*submodules, *values) if value is not None}
+
+
+def _silence(module: nn.Module) -> None:
+    """Keep a run that training does not know of out of its logs and its epoch means."""
+    if any(name in vars(module) for name in _TRAINERS):
+        for name in ("log", "log_dict"):
+            if hasattr(type(module), name):
+                vars(module)[name] = _log_nothing
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of ``self.log``."""
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or tensor as it is without ``torch.compile``'s wrappers.
+
+    Example:
+        >>> plain_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+_WRAPPED = "_orig_mod"
+"""Where ``torch.compile(module)`` keeps the module."""
 
 
 def run_borrowed(
-    module: nn.Module, state: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Any
+    module: nn.Module,
+    state: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Any,
+    *,
+    target: str = "",
 ) -> Any:
     """Run a live module in eval mode with other weights, and leave no trace in it.
 
     Args:
         module: The live module.
-        state: Parameters and buffers by name; what is missing is taken from the module. Buffers
-            are copied, since ``forward`` may write to them.
+        state: Parameters and buffers by name; what is missing is taken from the module.
         args: Positional arguments, on the module's device.
         kwargs: Keyword arguments, on the module's device.
+        target: Name of the submodule to run.
     """
-    # One name per place: torch would give back the wrong tensor of a module with two names.
-    own = {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, submodule in module.named_modules()
-        for registry in (submodule._parameters, submodule._buffers)  # noqa: SLF001
-        for name, tensor in registry.items()
-        if tensor is not None
-    }
-    tensors = {name: _like(state.get(name, tensor), tensor).clone() for name, tensor in own.items()}
-    with borrowed(module):
-        # Every name is given, tied ones too, so torch need not tie them again.
-        return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
+    given = {plain_name(name): tensor for name, tensor in state.items()}
+    own: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), torch.inference_mode(False):
+        for name, tensor in _own_tensors(module, target):
+            if id(tensor) not in own or name in given:
+                own[id(tensor)] = _stand_in(given.get(name, tensor), tensor)
+    with borrowed(module, own):
+        return module.get_submodule(target)(*args, **kwargs)
 
 
-def _like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(device=other.device, dtype=other.dtype)
+def _own_tensors(module: nn.Module, target: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and buffers below a submodule, tied ones under each of their names."""
+    runs = module.get_submodule(target)
+    inside = {id(submodule) for submodule in runs.modules()}
+    for prefix, submodule in module.named_modules(remove_duplicate=False):
+        if id(submodule) not in inside:
+            continue
+        for registry in (submodule._parameters, submodule._buffers):  # noqa: SLF001
+            for name, tensor in registry.items():
+                if tensor is not None and not is_lazy(tensor):
+                    yield plain_name(f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _stand_in(given: Any, tensor: torch.Tensor) -> torch.Tensor:
+    source = given if isinstance(given, torch.Tensor) else tensor
+    data = source.detach().to(device=tensor.device, dtype=tensor.dtype).clone()
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def copy_module(module: nn.Module) -> nn.Module:
     """Return a copy on the CPU that shares no tensor with the original.
 
-    Modules that cannot be deep-copied (locks, sockets, generators in their attributes) are cloned
-    submodule by submodule: parameters and buffers are copied, other attributes are shared.
+    Of modules that cannot be deep-copied (locks, sockets, tensors with a history in their
+    attributes) the parts are copied one by one, and only what refuses is shared. The copy knows no
+    trainer, and what ``torch.compile`` wraps is unwrapped.
     """
+    trainers = [vars(submodule).get(name) for submodule in module.modules() for name in _TRAINERS]
     # A checkpoint may be saved under inference mode; tensors made there could not be exported.
     with preserved_rng(), torch.inference_mode(False), torch.no_grad():
-        try:
-            clone = copy.deepcopy(module, _copied_tensors(module))
-        except Exception as error:  # noqa: BLE001 - __deepcopy__ and __getstate__ are user code
-            logger.debug("deepcopy failed (%s), cloning the structure instead", error)
-            clone = _clone_structure(module)
-    for submodule in clone.modules():
-        # torch.compile leaves a closure over the *live* module here.
-        if is_compiled_forward(vars(submodule).get("forward")):
-            del submodule.forward
-    return _unwrapped(clone).requires_grad_(False).cpu()
+        memo = _copied_tensors(module) | {
+            id(value): Unusable(type(value).__name__) for value in trainers if value is not None
+        }
+        clone: nn.Module = Duplicator(memo).copy(module)
+    for submodule in list(clone.modules()):
+        for name in _TRAINERS:
+            if name in vars(submodule):
+                vars(submodule)[name] = None
+        _silence(submodule)
+        _uncompile(submodule, memo)
+    clone = _unwrapped(clone)
+    return clone.requires_grad_(False).cpu()
+
+
+def _uncompile(module: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Take out what ``torch.compile`` left on a copy: wrappers and closures over the original."""
+    children = vars(module)["_modules"]
+    if _WRAPPED not in children:
+        children.update({name: _unwrapped(child) for name, child in children.items()})
+    if vars(module).get("_compiler_ctx") is not None:  # Lightning's note of what was compiled
+        vars(module)["_compiler_ctx"] = None
+    for name, value in list(vars(module).items()):
+        if not (isinstance(value, FunctionType) and is_compiled_forward(value)):
+            continue
+        original = _before_compilation(value)
+        function = getattr(original, "__func__", original)
+        if getattr(type(module), name, None) is function:
+            del vars(module)[name]
+        elif isinstance(original, MethodType):
+            owner = memo.get(id(original.__self__), original.__self__)
+            vars(module)[name] = MethodType(function, owner)
+        else:
+            vars(module)[name] = original
 
 
 def _copied_tensors(module: nn.Module) -> dict[int, Any]:
@@ -150,47 +245,22 @@ def _copied_tensors(module: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _before_compilation(function: Any) -> Any:
+    """Take a function out of the wrappers of ``torch.compile``; those of the user stay."""
+    while (
+        isinstance(function, FunctionType)
+        and function.__globals__.get("__name__", "").startswith("torch._dynamo")
+        and hasattr(function, "__wrapped__")
+    ):
+        function = function.__wrapped__
+    return function
+
+
+def _unwrapped(module: Any) -> Any:
     """Take the module out of the wrapper that ``torch.compile(module)`` makes."""
-    original = getattr(module, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else module
-
-
-def _clone_structure(module: nn.Module) -> nn.Module:
-    clones: dict[int, Any] = {}
-
-    def tensor_clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in clones:
-            data = tensor.detach().clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            clones[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-        return clones[id(tensor)]  # type: ignore[no-any-return]
-
-    def module_clone(original: nn.Module | None) -> nn.Module | None:
-        if original is None:
-            return None
-        if id(original) not in clones:
-            clone = object.__new__(type(original))
-            clones[id(original)] = clone
-            # Hooks and other registries of the copy are its own; what they hold is shared.
-            state = {
-                name: copy.copy(value) if isinstance(value, (dict, set)) else value
-                for name, value in vars(original).items()
-            }
-            # A closure over the live module.
-            state.pop("_compiled_call_impl", None)
-            for kind in ("_parameters", "_buffers"):
-                state[kind] = {n: tensor_clone(t) for n, t in vars(original)[kind].items()}
-            state["_modules"] = {n: module_clone(m) for n, m in vars(original)["_modules"].items()}
-            vars(clone).update(state)
-        return clones[id(original)]  # type: ignore[no-any-return]
-
-    clone = module_clone(module)
-    if clone is None:
-        raise TypeError("a module is needed, got None")
-    return clone
+    while isinstance(module, nn.Module) and _WRAPPED in vars(module)["_modules"]:
+        module = vars(module)["_modules"][_WRAPPED]
+    return module
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -206,12 +276,16 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     Raises:
         ValueError: If a tensor of the checkpoint is not in the copy afterwards, bit for bit.
     """
+    loaded = module.state_dict()
+    plain = OrderedDict(_plain_names(state, loaded))
+    # Versions, by which modules migrate old checkpoints; one from this run needs no migration.
+    plain._metadata = getattr(loaded, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001
     with torch.inference_mode(False), torch.no_grad():
-        nn.Module.load_state_dict(module, dict(state), strict=False)
+        nn.Module.load_state_dict(module, plain, strict=False)
     loaded = module.state_dict()
     wrong = [
         name
-        for name, tensor in state.items()
+        for name, tensor in plain.items()
         if isinstance(tensor, torch.Tensor) and not _same(loaded.get(name), tensor)
     ]
     if wrong:
@@ -219,7 +293,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
             f"{len(wrong)} tensors of the checkpoint have no place in the module, "
             f"e.g. {wrong[0]!r}. Was the state_dict edited in on_save_checkpoint?"
         )
-    missing = [name for name in loaded if name not in state]
+    missing = [name for name in loaded if name not in plain]
     if not missing:
         return ()
     text = (
@@ -227,6 +301,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
         "the model holds the live values of these."
     )
     return (text,)
+
+
+def _plain_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        yield (name if name in own else plain_name(name)), value
 
 
 def _same(loaded: Any, tensor: torch.Tensor) -> bool:
