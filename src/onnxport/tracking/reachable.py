@@ -60,7 +60,7 @@ def require_reachable(uri: str, timeout_s: float) -> None:
         raise TrackingError(f"it does not answer within {timeout_s} s")
     error = outcome[0]
     if error is not None:
-        raise TrackingError(f"it does not answer ({getattr(error, 'reason', error)})") from error
+        raise TrackingError(f"it cannot be used ({getattr(error, 'reason', error)})") from error
 
 
 def without_password(uri: str) -> str:
