@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -271,9 +273,17 @@ class OutOfMemory(Net):
 
 
 class Attention(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(3, 36)
+        self.bias = nn.Parameter(torch.zeros(1, 2, 4, 4))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = x[:, None].expand(6, 2, 4, 3)
-        return functional.scaled_dot_product_attention(q, q, q)
+        heads = self.qkv(x).reshape(x.shape[0], 4, 3, 2, 6).permute(2, 0, 3, 1, 4)
+        bias = self.bias.expand(x.shape[0], 2, 4, 4)
+        q, k, v = heads.unbind(0)
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        return seen.contiguous().view(x.shape[0], 4, 12)
 
 
 @dataclass(frozen=True)
@@ -324,6 +334,7 @@ PROVOKED = [
         "script: context manager", ContextManager, "script", "torch.enable_grad()", "out of forward"
     ),
     Provoked("script: unsupported python", UnsupportedPython, "script", "lambda row", "jit.unused"),
+    Provoked("attention view", Attention, "dynamo", "seen.contiguous()", "SDPBackend.MATH"),
     Provoked("view", View, "dynamo", ".view(x.shape[0], -1)", "Use .reshape(...)"),
     Provoked("view", View, "script", ".view(x.shape[0], -1)", "Use .reshape(...)"),
     Provoked("in-place", InPlace, "script", "y.resize_(2, 3)", "Make a new tensor"),
@@ -459,6 +470,19 @@ def test_a_wrong_model_is_explained_and_the_fact_kept(
     assert advice in reason
     assert (HERE in reason) == bool(line)
     assert line in reason
+
+
+def test_what_torch_prints_past_python_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    request = asked_for(Operator())
+    with captured_output() as printed:
+        print("from Python")  # noqa: T201
+        os.write(1, b"from C\n")
+        warnings.warn("a warning", stacklevel=1)
+        with pytest.raises(Exception, match="linalg_eigvals"):
+            TraceCore().export(request)
+    assert capfd.readouterr() == ("", "")
+    for text in ("from Python", "from C", "UserWarning: a warning", "aten::linalg_eigvals"):
+        assert text in printed.text
 
 
 def test_every_class_has_a_name_of_its_own_and_says_what_to_do() -> None:
