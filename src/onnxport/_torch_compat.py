@@ -24,6 +24,7 @@ __all__ = [
     "MAX_TORCHSCRIPT_OPSET",
     "CapturedOutput",
     "captured_output",
+    "compiled_graphs",
     "export_context",
     "fake_tensors",
     "is_compiled_forward",
@@ -141,3 +142,9 @@ def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor
 def is_compiled_forward(forward: object) -> bool:
     """Tell whether ``forward`` is the closure that ``torch.compile`` leaves on a module."""
     return hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs ``torch.compile`` has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

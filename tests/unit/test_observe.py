@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from onnxport.callbacks.session import ExportSession
 from onnxport.config import ExportOptions
-from onnxport.inputs import observe
-from onnxport.inputs.observe import Observer, Recorder
+from onnxport.inputs import record
+from onnxport.inputs.observe import Observer, is_compiled
+from onnxport.inputs.record import Recorder, small_copy
 from onnxport.tree import flatten
 
 
@@ -33,6 +34,17 @@ class Net(nn.Module):
         x = x["image"] if isinstance(x, dict) else x
         hidden = self.second(self.first(x))
         return hidden if scale is None else hidden * scale
+
+
+class Own(nn.Linear):
+    """A layer that torch does not know, which is what it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
 
 
 class Steps(nn.Module):
@@ -134,13 +146,66 @@ def test_what_only_the_loss_sees_is_no_input_of_the_model() -> None:
     assert not any(tensor.dtype == torch.int64 for tensor in tensors)
 
 
-def test_calls_are_kept_once_per_shape_and_at_most_four_in_all() -> None:
+def test_three_calls_of_a_shape_are_kept_and_eight_in_all() -> None:
     net = Net()
     observer = watch(net)
-    for rows in (5, 5, 3, 5, 3, 2, 1, 6, 7):
+    for rows in (5, 5, 5, 5, 3, 2, 3, 2, 1, 1, 6, 7):
         net(torch.randn(rows, 4))
-    assert shapes(observer.recorders[""]) == [[(5, 4)], [(3, 4)], [(2, 4)], [(1, 4)]]
+    assert shapes(observer.recorders[""]) == [[(n, 4)] for n in (5, 5, 5, 3, 2, 1, 6, 7)]
     assert observer.recorders[""].full
+    first, second = (example.args[0] for example in observer.recorders[""].examples[:2])
+    assert not torch.equal(first, second)
+
+
+def test_a_flag_makes_another_shape_and_a_number_does_not() -> None:
+    recorder = Recorder()
+    for number in range(4):
+        recorder.record((torch.zeros(2), True), {"step": number}, set())
+    recorder.record((torch.zeros(2), False), {"step": 9}, set())
+    kept = [(example.args[1], example.kwargs["step"]) for example in recorder.examples]
+    assert kept == [(True, 0), (True, 1), (True, 2), (False, 9)]
+
+
+def test_an_argument_that_only_some_calls_have_is_kept() -> None:
+    recorder = Recorder()
+    for _ in range(4):
+        recorder.record((torch.zeros(2),), {}, set())
+    recorder.record((torch.zeros(2),), {"mask": torch.ones(2)}, set())
+    recorder.record((torch.zeros(2),), {"mask": None}, set())
+    assert [list(example.kwargs) for example in recorder.examples] == [
+        [],
+        [],
+        [],
+        ["mask"],
+        ["mask"],
+    ]
+
+
+def test_what_autocast_gives_to_forward_is_recorded_as_it_is() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    net = Mixed()
+    observer = watch(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net.second(net.first(torch.randn(5, 4)))
+    kept = {name: found.examples[0].args[0].dtype for name, found in observer.recorders.items()}
+    assert kept == {"first": torch.float32, "second": torch.bfloat16}
+
+
+def test_hooks_are_gone_when_enough_was_seen() -> None:
+    net = Net()
+    before = hooks(net)
+    observer = watch(net)
+    for rows in range(1, 9):
+        observer.begin_batch(None)
+        net(torch.randn(rows, 4))
+    assert hooks(net) != before
+    observer.begin_batch(None)
+    assert hooks(net) == before
+    assert not observer.active
 
 
 def test_another_dtype_or_another_keyword_is_another_shape() -> None:
@@ -183,16 +248,45 @@ def test_what_is_recorded_is_a_copy_without_gradients() -> None:
     assert kept.grad_fn is None
 
 
-def test_a_call_larger_than_the_limit_is_cut_to_its_first_rows(
+def test_a_large_call_is_cut_to_its_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_BYTES", 100)
+    recorder = Recorder()
+    x, mask, scale = torch.randn(40, 4), torch.ones(40), torch.tensor(2.0)
+    recorder.record((x, mask, scale), {}, set())
+    kept = recorder.examples[0].args
+    assert shapes(recorder) == [[(24, 4), (24,), ()]]
+    assert torch.equal(kept[0], x[:24])
+
+
+def test_sizes_that_vary_still_vary_when_all_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_BYTES", 100)
+    recorder = Recorder()
+    for rows in (40, 50, 40, 60, 70, 80, 90, 100):
+        recorder.record((torch.randn(rows, 4),), {}, set())
+    kept = [shape[0] for (shape,) in shapes(recorder)]
+    assert kept == [24, 23, 24, 22, 21, 20, 19, 18]
+
+
+def test_a_call_with_rows_of_several_kinds_is_cut_only_when_it_is_huge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(observe, "MAX_BYTES", 100)
-    recorder = Recorder()
-    x, mask, table, scale = torch.randn(40, 4), torch.ones(40), torch.ones(3, 4), torch.tensor(2.0)
-    recorder.record((x, mask, table, scale), {}, set())
-    kept = recorder.examples[0].args
-    assert shapes(recorder) == [[(16, 4), (16,), (3, 4), ()]]
-    assert torch.equal(kept[0], x[:16])
+    call = (torch.randn(40, 4), torch.ones(3, 4))
+    monkeypatch.setattr(record, "MAX_BYTES", 100)
+    whole, cut = Recorder(), Recorder()
+    whole.record(call, {}, set())
+    monkeypatch.setattr(record, "HUGE_BYTES", 100)
+    for _ in range(2):
+        cut.record(call, {}, set())
+    assert shapes(whole) == [[(40, 4), (3, 4)]]
+    assert shapes(cut) == [[(24, 4), (3, 4)]]
+
+
+def test_a_small_copy_of_a_batch_shares_nothing() -> None:
+    batch = {"image": torch.zeros(2, 3), "name": "a"}
+    copied = small_copy(batch)
+    copied["image"] += 1
+    assert not batch["image"].any()
+    assert copied["name"] == "a"
 
 
 def test_a_call_below_the_limit_is_kept_whole() -> None:
@@ -367,6 +461,131 @@ def cyclic() -> list[Any]:
     batch: list[Any] = [torch.zeros(1)]
     batch.append(batch)
     return batch
+
+
+# --- compiled modules -------------------------------------------------------------------------
+
+
+def compiled(module: nn.Module, way: str) -> nn.Module:
+    if way == "compile()":
+        module.compile(backend="eager", fullgraph=True)
+    else:
+        function = torch.compile(module.forward, backend="eager", fullgraph=True)
+        module.forward = function  # type: ignore[method-assign]
+    return module
+
+
+def test_the_marks_of_compilation_are_told() -> None:
+    assert not is_compiled(Net())
+    assert not is_compiled(torch.jit.trace(nn.Linear(4, 3), torch.ones(1, 4)))
+    assert is_compiled(compiled(Net(), "compile()"))
+    assert is_compiled(compiled(Net(), "forward"))
+    assert is_compiled(torch.compile(Net(), backend="eager"))
+
+
+@pytest.mark.parametrize("way", ["compile()", "forward"])
+def test_a_compiled_module_gets_no_hooks_at_all(way: str) -> None:
+    net = compiled(Net(), way)
+    before = hooks(net)
+    observer = watch(net)
+    assert observer.active
+    assert observer.needs_rehearsal
+    assert hooks(net) == before
+
+
+@pytest.mark.parametrize("way", ["compile()", "forward"])
+def test_of_a_module_with_compiled_parts_only_the_root_gets_hooks(way: str) -> None:
+    net = Net()
+    net.first = compiled(Own(), way)
+    observer = watch(net)
+    net(torch.randn(5, 4))
+    assert list(observer.recorders) == [""]
+    assert not observer.needs_rehearsal
+    assert not net.second._forward_hooks
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_hooks_that_are_compiled_all_the_same_do_nothing_and_do_not_come_back(
+    fullgraph: bool,
+) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    net, copy = Net(), Net()
+    before = hooks(net)
+    observer = watch(net)
+    x = torch.randn(5, 4)
+    function = net.__call__
+    step = torch.compile(lambda x: function(x), backend="eager", fullgraph=fullgraph)  # noqa: PLW0108
+    assert torch.equal(step(x), net.second(net.first(x)))
+    assert "" not in observer.recorders
+    observer.begin_batch(x)
+    assert hooks(net) == before
+    assert observer.needs_rehearsal
+    step(x)
+    graphs = counters["unique_graphs"]
+    for _ in range(9):
+        observer.stop()
+        observer.start()
+        observer.begin_batch(x)
+        step(x)
+    assert counters["unique_graphs"] == graphs
+    observer.rehearse(copy, x, lambda: copy(x))
+    assert observer.choose() == ""
+
+
+def test_what_is_compiled_after_the_start_loses_its_hooks_before_the_first_step() -> None:
+    net = Net()
+    observer = watch(net)
+    compiled(net.first, "compile()")
+    observer.begin_batch(torch.randn(5, 4))
+    assert not net.first._forward_hooks
+    assert net._forward_hooks
+    assert observer.needs_rehearsal
+
+
+def test_a_rehearsal_is_left_when_the_root_is_called_and_leaves_no_hooks() -> None:
+    net, copy = compiled(Net(), "forward"), Net()
+    ran = []
+    copy.first.register_forward_hook(lambda *_: ran.append(1))
+    before = hooks(copy)
+    observer = watch(net)
+    batch = torch.randn(5, 4)
+    observer.rehearse(copy, batch, lambda: copy(batch, scale=2.0))
+    (example,) = observer.recorders[""].examples
+    assert torch.equal(example.args[0], batch)
+    assert example.kwargs == {"scale": 2.0}
+    assert observer.recorders[""].touched_batch
+    assert (ran, hooks(copy)) == ([], before)
+    assert not observer.needs_rehearsal
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_rehearsal_in_a_hurry_is_left_when_a_child_got_the_batch(hurry: bool) -> None:
+    net, copy = Steps(), Steps()
+    compiled(net.body, "forward")
+    observer = watch(net)
+    batch = [torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])]
+    reached = []
+
+    def step() -> None:
+        copy.prompt(torch.ones(1, 4))
+        logits = copy.body(batch[0])
+        reached.append(copy.loss(logits, batch[1]))
+        raise ValueError("the user's own error")
+
+    observer.rehearse(copy, batch, step, hurry=hurry)
+    assert observer.choose() == "body"
+    assert len(reached) == (not hurry)
+
+
+def test_a_rehearsal_ends_when_each_target_was_called() -> None:
+    net, copy = Net(), Net()
+    net.first = torch.compile(net.first, backend="eager")
+    observer = watch(net, targets=("first._orig_mod",))
+    batch = torch.randn(5, 4)
+    observer.rehearse(copy, batch, lambda: copy(batch))
+    assert observer.choose() == "first._orig_mod"
+    assert shapes(observer.recorders["first._orig_mod"]) == [[(5, 4)]]
 
 
 @pytest.mark.parametrize("batch", [Hostile(x=1), cyclic()], ids=["hostile mapping", "cycle"])

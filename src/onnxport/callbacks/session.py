@@ -20,11 +20,19 @@ import torch
 
 from onnxport.api import read_examples, require_submodule
 from onnxport.errors import ExportError, OnnxportError
-from onnxport.exporter.module_state import copy_module, load_weights, plain_name, run_borrowed
+from onnxport.exporter.module_state import (
+    copy_module,
+    evaluate,
+    load_weights,
+    plain_name,
+    preserved_rng,
+    run_borrowed,
+)
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer
+from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob, LiveReference, Pipeline
 from onnxport.pipeline.run import read_report, save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
@@ -43,6 +51,9 @@ __all__ = ["ExportSession", "Saved", "model_path"]
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
+
+MAX_REHEARSALS = 3
+"""Steps that are run on a copy to see calls that are compiled."""
 
 
 def model_path(
@@ -152,6 +163,7 @@ class ExportSession:
         self._say = say
         self._pipeline = Pipeline()
         self._failure: ExportError | None = None
+        self._rehearsals = MAX_REHEARSALS
         self._origins: dict[str, Provenance] = {}
         if target is not None:
             require_submodule(module, target)
@@ -162,13 +174,31 @@ class ExportSession:
 
     # --- what the adapter tells -------------------------------------------------------------
 
-    def begin_batch(self, batch: Any) -> None:
-        """A batch was moved to its device and a step begins."""
-        if self._observer.active:
-            try:
-                self._observer.begin_batch(batch)
-            except Exception:
-                logger.debug("the batch could not be walked", exc_info=True)
+    def begin_batch(self, batch: Any, step: Callable[[Any, Any], Any] | None = None) -> None:
+        """A batch was moved to its device and a step begins.
+
+        Args:
+            batch: The batch.
+            step: Runs the step on a copy of the module with a copy of the batch. It is used where
+                ``torch.compile`` hides the calls of the module itself.
+        """
+        if not self._observer.active:
+            return
+        try:
+            self._observer.begin_batch(batch)
+            if step is not None and self._rehearsals and self._observer.needs_rehearsal:
+                self._rehearsals -= 1
+                self._rehearse(small_copy(batch), step)
+        except Exception:
+            logger.debug("the batch could not be walked", exc_info=True)
+
+    def _rehearse(self, batch: Any, step: Callable[[Any, Any], Any]) -> None:
+        with self._unobserved(), preserved_rng():
+            copy = evaluate(copy_module(self._module))
+            # A step may wait for other processes, which do not rehearse.
+            hurry = torch.distributed.is_available() and torch.distributed.is_initialized()
+            with torch.inference_mode(False), torch.no_grad():
+                self._observer.rehearse(copy, batch, lambda: step(copy, batch), hurry=hurry)
 
     def stop_observing(self) -> None:
         """Remove the hooks, if a call was seen."""
@@ -294,7 +324,8 @@ class ExportSession:
             return None
         module = self._module.get_submodule(target)
         device = next(
-            (tensor.device for tensor in module.state_dict().values()), torch.device("cpu")
+            (tensor.device for tensor in (*module.parameters(), *module.buffers())),
+            torch.device("cpu"),
         )
         example = examples[0]
         args, kwargs = map_tensors(

@@ -3,95 +3,48 @@
 from __future__ import annotations
 
 import logging
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from onnxport.tree import Example, flatten, map_tensors
+from onnxport._torch_compat import compiled_graphs, is_compiled_forward
+from onnxport.inputs.record import Recorder, address
+from onnxport.tree import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Observer", "Recorder"]
+__all__ = ["Observer", "is_compiled"]
 
 logger = logging.getLogger(__name__)
 
-MAX_SIGNATURES = 4
-"""Distinct shape signatures kept per module."""
-MAX_BYTES = 64 * 2**20
-"""Calls larger than this are cut to :data:`KEPT_ROWS` rows."""
-KEPT_ROWS = 16
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` left its marks on this very module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    attributes = vars(module)
+    return (
+        attributes.get("_compiled_call_impl") is not None
+        or "_orig_mod" in attributes["_modules"]
+        or any(isinstance(v, FunctionType) and is_compiled_forward(v) for v in attributes.values())
+    )
 
 
-class Recorder:
-    """Keeps a few calls of one module, one per distinct shape signature, on the CPU.
-
-    Attributes:
-        examples: The calls kept so far.
-        touched_batch: Whether the first call got a tensor of the batch itself.
-    """
-
-    def __init__(self) -> None:
-        self.examples: list[Example] = []
-        self.touched_batch = False
-        self._seen: set[tuple[Any, ...]] = set()
-
-    @property
-    def full(self) -> bool:
-        """Whether enough was seen."""
-        return len(self.examples) >= MAX_SIGNATURES
-
-    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: set[int]) -> None:
-        """Keep a call if its shapes are new.
-
-        Args:
-            args: Positional arguments of the call.
-            kwargs: Keyword arguments of the call.
-            batch: Addresses of the storages of the batch's tensors.
-        """
-        if self.full:
-            return
-        _, found = flatten((args, kwargs))
-        key = tuple((path, tensor.shape, tensor.dtype) for path, tensor in found)
-        if not found or key in self._seen:
-            return
-        self._seen.add(key)
-        if not self.examples:
-            self.touched_batch = any(_address(tensor) in batch for _, tensor in found)
-        rows = _rows_to_keep([tensor for _, tensor in found])
-        # Tensors made under inference mode cannot be exported; a clone made outside of it can.
-        with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = map_tensors((args, kwargs), lambda tensor: _copy(tensor, rows))
-        self.examples.append(Example(args, kwargs))
-
-
-def _rows_to_keep(tensors: list[torch.Tensor]) -> tuple[int, int] | None:
-    """Return (size of axis 0 to cut, rows to keep) when a call is too large to keep whole."""
-    if sum(tensor.nbytes for tensor in tensors) <= MAX_BYTES:
-        return None
-    sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
-    common = max(set(sizes), key=sizes.count)
-    return (common, KEPT_ROWS) if common > KEPT_ROWS else None
-
-
-def _copy(tensor: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
-    tensor = tensor.detach()
-    if rows is not None and tensor.ndim and tensor.shape[0] == rows[0]:
-        tensor = tensor[: rows[1]]
-    return tensor.to("cpu", copy=True).contiguous()
-
-
-def _address(tensor: torch.Tensor) -> int:
-    if tensor.layout is not torch.strided:  # sparse tensors have no single storage
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr()
+class _Seen(BaseException):
+    """Ends a rehearsal; no ``except Exception`` of the user's may catch it."""
 
 
 class Observer:
     """Records the outermost calls of a module and of its children until enough was seen.
+
+    A hook inside of what ``torch.compile`` compiles would be compiled too, may break the graph, and
+    is never run. So where something is compiled only a root that is not gets hooks, and
+    :meth:`rehearse` watches a copy.
 
     Args:
         root: The module in training; ``""`` is its name.
@@ -113,13 +66,22 @@ class Observer:
         self._watched = dict(_outer_modules(root)) if targets is None else _named(root, targets)
         self._recorders: dict[str, Recorder] = {}
         self._handles: list[RemovableHandle] = []
+        self._watching = False
+        self._compiled = False
+        self._traced = False
+        self._graphs = 0
         self._inside: list[bool] = []
         self._batch: set[int] = set()
 
     @property
     def active(self) -> bool:
-        """Whether the hooks are installed."""
-        return bool(self._handles)
+        """Whether calls are being watched for."""
+        return self._watching
+
+    @property
+    def needs_rehearsal(self) -> bool:
+        """Whether calls may go unseen because something is compiled."""
+        return self._watching and self._compiled and not self._is_sure()
 
     @property
     def recorders(self) -> dict[str, Recorder]:
@@ -128,12 +90,26 @@ class Observer:
 
     def start(self) -> None:
         """Install the hooks."""
+        self._watching = True
+        self._graphs = compiled_graphs()
+        self._compiled = self._traced or any(map(is_compiled, self._root.modules()))
         for name, module in self._watched.items():
-            if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+            if self._takes_hooks(module):
                 self._handles += self._watch(name, module)
+
+    def _takes_hooks(self, module: nn.Module) -> bool:
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        if not self._compiled:
+            return True
+        return module is self._root and not is_compiled(module) and not self._traced
 
     def stop(self) -> None:
         """Remove the hooks."""
+        self._watching = False
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -142,11 +118,63 @@ class Observer:
     def begin_batch(self, batch: Any) -> None:
         """Note which tensors come from the data loader; also the start of a step."""
         self._inside.clear()
+        if self._is_sure() and self._recorders[self.choose() or ""].full:
+            self.stop()
+            return
+        if self._watching and self._handles:
+            self._look_for_compilers()
+        self._batch = _addresses(batch)
+
+    def _look_for_compilers(self) -> None:
+        """Take hooks off what is compiled since the start, if need be after it was traced.
+
+        Removing them makes a function that was traced with them compile once more. That must not
+        happen again and again: torch gives up after a few times.
+        """
+        self._traced = self._traced or (compiled_graphs() > self._graphs and not self._is_sure())
+        late = not self._compiled and any(map(is_compiled, self._root.modules()))
+        if self._traced or late:
+            self._unhook()
+            self.start()
+
+    def rehearse(
+        self, module: nn.Module, batch: Any, step: Callable[[], Any], *, hurry: bool = False
+    ) -> None:
+        """Watch a copy of the root in place of the root.
+
+        Args:
+            module: The copy; hooks are put on it and removed.
+            batch: What the step gets.
+            step: Runs a step of the copy. It is left as soon as the root's ``forward``, or each
+                target, was called; what it raises is of no interest.
+            hurry: Leave the step also when a child was called with data of the batch.
+        """
+        live, self._root, self._batch = self._root, module, _addresses(batch)
+        handles: list[RemovableHandle] = []
         try:
-            self._batch = {_address(tensor) for _, tensor in flatten(batch)[1]}
-        except Exception:  # a batch may be any object of the user's
-            self._batch = set()
-            logger.debug("The tensors of a batch could not be listed.", exc_info=True)
+            for name in self._watched:
+                copied = module.get_submodule(_plain(name))
+                if not isinstance(copied, torch.jit.ScriptModule):
+                    handles += self._watch(name, copied, lambda: self._is_enough(hurry=hurry))
+            step()
+        except _Seen:
+            pass
+        except Exception:
+            logger.debug("A rehearsal was left.", exc_info=True)
+        finally:
+            self._root = live
+            self._inside.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _is_sure(self) -> bool:
+        """Tell whether no later call could change what :meth:`choose` returns."""
+        known = [name for name, recorder in self._recorders.items() if recorder.examples]
+        return "" in known or ("" not in self._watched and set(known) >= set(self._watched))
+
+    def _is_enough(self, *, hurry: bool) -> bool:
+        fed = any(recorder.touched_batch for recorder in self._recorders.values())
+        return self._is_sure() or (hurry and fed)
 
     def choose(self) -> str | None:
         """Return the name of what should be exported, or ``None`` if nothing was called.
@@ -158,15 +186,21 @@ class Observer:
         fed = [name for name, recorder in called.items() if recorder.touched_batch]
         return "" if "" in called else next(iter([*fed, *called]), None)
 
-    def _watch(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+    def _watch(
+        self, name: str, module: nn.Module, is_enough: Callable[[], bool] = lambda: False
+    ) -> Iterator[RemovableHandle]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
             counts = not (module is self._root and self._is_redirected(module))
             if counts and not any(self._inside):
                 self._record(name, args, kwargs)
+                if is_enough():
+                    raise _Seen
             self._inside.append(counts)
 
         def after(*_: Any) -> None:
-            if self._inside:
+            if not torch.compiler.is_compiling() and self._inside:
                 self._inside.pop()
 
         # First of all hooks: what the user's own hooks change is part of the module.
@@ -193,6 +227,19 @@ def _callable_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn
             yield from _callable_children(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
+
+
+def _plain(name: str) -> str:
+    """Name a submodule as in a copy, from which ``torch.compile``'s wrappers were taken."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _addresses(batch: Any) -> set[int]:
+    try:
+        return {address(tensor) for _, tensor in flatten(batch)[1]}
+    except Exception:  # a batch may be any object of the user's
+        logger.debug("The tensors of a batch could not be listed.", exc_info=True)
+        return set()
 
 
 def _named(root: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:

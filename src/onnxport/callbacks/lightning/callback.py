@@ -23,6 +23,7 @@ from onnxport.callbacks.lightning.facts import (
 )
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unpickled
+from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.options import read_mlflow
 from onnxport.callbacks.session import ExportSession, Saved, model_path
 from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
@@ -176,7 +177,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._session is not None:
-            self._session.begin_batch(batch)
+            self._session.begin_batch(batch, rehearsal("training_step", trainer, batch_idx))
         if trainer.world_size == 1:
             self._raise_failure(trainer)
 
@@ -192,7 +193,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._session is not None:
-            self._session.begin_batch(batch)
+            step = rehearsal("validation_step", trainer, batch_idx, dataloader_idx)
+            self._session.begin_batch(batch, step)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._raise_failure(trainer)
