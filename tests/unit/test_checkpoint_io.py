@@ -36,11 +36,13 @@ class Disk:
 
 
 def mirrored(events: list[Any], error: Exception | None = None) -> MirroredCheckpointIO:
-    return MirroredCheckpointIO(
-        Disk(events, error),
+    mirror = MirroredCheckpointIO(Disk(events, error))
+    mirror.listen(
+        "a",
         lambda checkpoint, path: events.append(("saved", checkpoint, path)),
         lambda path: events.append(("removed", path)),
     )
+    return mirror
 
 
 def test_a_save_is_passed_on_unchanged_and_reported_after_it_was_done() -> None:
@@ -80,11 +82,25 @@ def test_everything_else_is_the_inner_plugins() -> None:
         plugin.teardown()
 
 
+def test_each_listener_is_told_once_also_when_it_listens_again() -> None:
+    events: list[Any] = []
+    plugin = mirrored(events)
+    for name in ("b", "b", "c"):
+        plugin.listen(
+            name,
+            lambda _, path, name=name: events.append((name, path)),  # type: ignore[misc]
+            lambda path, name=name: events.append((name, path)),  # type: ignore[misc]
+        )
+    plugin.save_checkpoint({}, "x")
+    plugin.remove_checkpoint("x")
+    told = ["save", "saved", "b", "c", "remove", "removed", "b", "c"]
+    assert [event[0] for event in events] == told
+
+
 def test_mirrors_may_stand_one_in_another() -> None:
     events: list[Any] = []
-    outer = MirroredCheckpointIO(
-        mirrored(events), lambda _, path: events.append(("outer", path)), events.append
-    )
+    outer = MirroredCheckpointIO(mirrored(events))
+    outer.listen("b", lambda _, path: events.append(("outer", path)), events.append)
     outer.save_checkpoint({}, "a.ckpt")
     assert [event[0] for event in events] == ["save", "saved", "outer"]
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    OnSaved = Callable[[dict[str, Any], str], None]
+    OnRemoved = Callable[[str], None]
+
 __all__ = ["MirroredCheckpointIO"]
 
 
@@ -19,31 +22,35 @@ class MirroredCheckpointIO:
 
     Args:
         inner: The plugin that does the work.
-        on_saved: Called with the checkpoint's content and path once it was saved.
-        on_removed: Called with the path once it was removed.
     """
 
-    def __init__(
-        self,
-        inner: Any,
-        on_saved: Callable[[dict[str, Any], str], None],
-        on_removed: Callable[[str], None],
-    ) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.on_saved = on_saved
-        self.on_removed = on_removed
+        self.listeners: dict[Any, tuple[OnSaved, OnRemoved]] = {}
+
+    def listen(self, key: Any, on_saved: OnSaved, on_removed: OnRemoved) -> None:
+        """Report to somebody from now on.
+
+        Args:
+            key: Who listens; who listens again takes the place of their earlier self.
+            on_saved: Called with the checkpoint's content and path once it was saved.
+            on_removed: Called with the path once it was removed.
+        """
+        self.listeners[key] = (on_saved, on_removed)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Save, then report."""
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        self.on_saved(checkpoint, str(path))
+        for on_saved, _ in tuple(self.listeners.values()):
+            on_saved(checkpoint, str(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove, then report."""
         self.inner.remove_checkpoint(path)
-        self.on_removed(str(path))
+        for _, on_removed in tuple(self.listeners.values()):
+            on_removed(str(path))
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not yet set: unpickling, copying

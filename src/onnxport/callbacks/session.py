@@ -221,6 +221,18 @@ class ExportSession:
             report = self._export(saved)
         self._keep(replace(report, path=None), time.perf_counter() - start)
 
+    def failed(self, error: str, origin: Provenance) -> None:
+        """Weights should become a model and cannot even be had."""
+        report = ExportReport(
+            ok=False,
+            checkpoint=origin.checkpoint,
+            epoch=origin.epoch,
+            global_step=origin.global_step,
+            metrics=origin.metrics,
+            error=error,
+        )
+        self._keep(report, 0.0)
+
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
         """A checkpoint was removed: remove its model.
 

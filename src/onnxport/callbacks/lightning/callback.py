@@ -21,13 +21,16 @@ from onnxport.callbacks.lightning.facts import (
     run_address,
     with_best_score,
 )
+from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unpickled
+from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.options import read_mlflow
 from onnxport.callbacks.session import ExportSession, Saved, model_path
 from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
-from onnxport.errors import ExportError
+from onnxport.errors import ConfigurationError, ExportError
+from onnxport.report import ExportReport
 from onnxport.tracking.base import Unavailable
 from onnxport.validation.session import require_runtime
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from onnxport.config import CoreName, Precision
-    from onnxport.report import ExportReport, Provenance
+    from onnxport.report import Provenance
     from onnxport.tracking.base import Tracker
 
 __all__ = ["OnnxExport"]
@@ -45,6 +48,11 @@ logger = logging.getLogger(__name__)
 
 _TUNER_PREFIXES = (".lr_find", ".scale_batch_size")
 """Checkpoints that the tuner writes for itself and removes again."""
+
+_SAME_NAMES = (
+    "Two OnnxExport callbacks of one trainer would write the same files, so only the first of them "
+    "works. Give them another dirpath= or another target=."
+)
 
 
 class OnnxExport(metaclass=FrameworkAware):
@@ -122,6 +130,9 @@ class OnnxExport(metaclass=FrameworkAware):
         self._session: ExportSession | None = None
         self._earlier: list[ExportReport] = []
         self._saves = 0
+        self._place: str | None = ""
+        self._folder = Path()
+        self._unlinked = False
         self._measured = Measured()
         self._roots: list[str] = []
 
@@ -149,20 +160,35 @@ class OnnxExport(metaclass=FrameworkAware):
     # --- hooks ------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage != "fit":
+            return
+        self._place = place_among(
+            self, trainer.callbacks, lambda other: isinstance(other, OnnxExport)
+        )
+        if self._place is None and self.on_error == "raise":
+            raise ConfigurationError(_SAME_NAMES)
+        if not trainer.is_global_zero or self._place is None:
             return
         checkpoint_io = trainer.strategy.checkpoint_io
         if not isinstance(checkpoint_io, MirroredCheckpointIO):
-            checkpoint_io = MirroredCheckpointIO(checkpoint_io, _ignore, _ignore)
+            checkpoint_io = MirroredCheckpointIO(checkpoint_io)
             trainer.strategy.checkpoint_io = checkpoint_io
-        checkpoint_io.on_saved = lambda content, path: self._on_saved(trainer, content, path)
-        checkpoint_io.on_removed = self._on_removed
+        checkpoint_io.listen(
+            id(self),
+            lambda content, path: self._on_saved(trainer, content, path),
+            self._on_removed,
+        )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        self._earlier, self._saves, self._session = self.reports, 0, None
         if not trainer.is_global_zero:
             return
-        self._earlier, self._saves = self.reports, 0
+        if self._place is None:
+            logger.warning("%s Training goes on.", _SAME_NAMES)
+            self._earlier.append(ExportReport(ok=False, error=_SAME_NAMES))
+            return
         self._session = ExportSession(
             pl_module,
             self.options,
@@ -177,6 +203,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._session is not None:
+            self._mirror_links(trainer)
             self._session.begin_batch(batch, rehearsal("training_step", trainer, batch_idx))
         if trainer.world_size == 1:
             self._raise_failure(trainer)
@@ -205,14 +232,14 @@ class OnnxExport(metaclass=FrameworkAware):
         if self._session is not None:
             with _never_raises("the export at the end of training"):
                 self._export_at_end(trainer, pl_module)
+            self._mirror_links(trainer)
             best = best_checkpoint(trainer)
-            self._session.finish(
-                None if best is None else model_path(best, self.dirpath, self._roots)
-            )
+            self._session.finish(None if best is None else self._model_path(best))
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._session is not None:
+            self._mirror_links(trainer)
             self._session.finish(failed=True)
 
     # --- checkpoints ------------------------------------------------------------------------
@@ -232,13 +259,25 @@ class OnnxExport(metaclass=FrameworkAware):
         return wanted
 
     def _on_removed(self, path: str) -> None:
-        if self._session is not None:
-            self._session.removed(model_path(path, self.dirpath, self._roots), path)
+        if self._session is not None and not remove_link(self._model_path(path)):
+            self._session.removed(self._model_path(path), path)
 
     def _save(self, state: Any, checkpoint: str, origin: Provenance) -> None:
         if self._session is not None:
-            path = model_path(checkpoint, self.dirpath, self._roots)
+            path = self._model_path(checkpoint)
+            self._unlinked = True
             self._session.saved(Saved(state=state, path=path, origin=origin))
+
+    def _model_path(self, checkpoint: str) -> Path:
+        path = model_path(checkpoint, self.dirpath, self._roots)
+        return path.with_name(f"{path.stem}{self._place or ''}{path.suffix}")
+
+    def _mirror_links(self, trainer: Any) -> None:
+        """The trainer links to a checkpoint after it has saved it."""
+        if self._unlinked:
+            self._unlinked = False
+            with _never_raises("linking models"):
+                mirror_links(trainer, self._model_path)
 
     def _export_at_end(self, trainer: Any, pl_module: Any) -> None:
         """Make sure that the best weights have a model."""
@@ -249,13 +288,10 @@ class OnnxExport(metaclass=FrameworkAware):
             return
         best = best_checkpoint(trainer)
         if best is None:
-            if not trainer.checkpoint_callbacks and not self._saves:
-                name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-                folder = Path(trainer.log_dir or trainer.default_root_dir)
-                origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
-                self._save(pl_module.state_dict(), str(folder / name), origin)
+            if not self._session.reports:
+                self._export_final(trainer, pl_module)
             return
-        path = str(model_path(best, self.dirpath, self._roots))
+        path = str(self._model_path(best))
         if (
             any(report.ok and report.path == path for report in self.reports)
             and Path(path).exists()
@@ -272,6 +308,17 @@ class OnnxExport(metaclass=FrameworkAware):
             global_step=content.get("global_step"),
         )
         self._save(content["state_dict"], best, with_best_score(trainer, origin, self._measured))
+
+    def _export_final(self, trainer: Any, pl_module: Any) -> None:
+        """Export the weights as they are when training ends: no checkpoint became a model."""
+        origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
+        if self._session is None:
+            return
+        if is_sharded(trainer.strategy):  # gathering them takes all ranks
+            self._session.failed("There is no checkpoint, and the weights are sharded.", origin)
+            return
+        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+        self._save(pl_module.state_dict(), str(self._folder / name), origin)
 
     def _dry_run(self, trainer: Any, pl_module: Any) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
@@ -323,7 +370,3 @@ def _never_raises(what: str) -> Iterator[None]:
         yield
     except Exception:
         logger.exception("onnxport failed at %s. Training goes on.", what)
-
-
-def _ignore(*_: Any) -> None:
-    """Do nothing."""

@@ -1,0 +1,43 @@
+"""Where a callback stands: among other callbacks, and whether rank zero has all weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["is_sharded", "place_among"]
+
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+
+
+def place_among(
+    callback: Any, callbacks: Sequence[Any], is_one: Callable[[Any], bool]
+) -> str | None:
+    """Return what to add to the names of a callback's models.
+
+    Args:
+        callback: Has ``dirpath`` and ``target``.
+        callbacks: All callbacks of the trainer, with others among them.
+        is_one: Tells which of them export.
+
+    Returns:
+        ``""`` if it is alone in its folder or exports the whole module, else its target; ``None``
+        if an earlier callback takes the same names.
+    """
+    folder = callback.dirpath and callback.dirpath.resolve()
+    peers = [
+        other
+        for other in callbacks
+        if is_one(other) and (other.dirpath and other.dirpath.resolve()) == folder
+    ]
+    earlier = peers[: next((i for i, other in enumerate(peers) if other is callback), 0)]
+    if any(other.target == callback.target for other in earlier):
+        return None
+    return f"-{callback.target}" if len(peers) > 1 and callback.target else ""
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Tell whether each rank holds a part of the weights only."""
+    return any(word in kind.__name__ for kind in type(strategy).__mro__ for word in _SHARDED)
