@@ -23,7 +23,7 @@ from onnxport.callbacks.lightning.facts import (
 )
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
-from onnxport.callbacks.lightning.names import FrameworkAware, teller, unpickled
+from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.options import read_mlflow
@@ -155,7 +155,7 @@ class OnnxExport(metaclass=FrameworkAware):
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         state = vars(self) | {"_session": None, "_earlier": self.reports}
-        return unpickled, (getattr(type(self), "_unbound", type(self)), state)
+        return unpickled, (unbound(type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
 
