@@ -19,24 +19,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport.api import read_examples, require_submodule
+from onnxport.callbacks.reference import Reference
 from onnxport.errors import ExportError, OnnxportError
+from onnxport.exporter.hooks import drop_hooks
 from onnxport.exporter.module_state import (
     copy_module,
     evaluate,
     load_weights,
     plain_name,
     preserved_rng,
-    run_borrowed,
 )
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer
 from onnxport.inputs.record import small_copy
-from onnxport.pipeline import ExportJob, LiveReference, Pipeline
+from onnxport.pipeline import ExportJob, Pipeline
 from onnxport.pipeline.run import read_report, save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
-from onnxport.tree import Example, flatten, map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from onnxport.config import ExportOptions
     from onnxport.tracking.base import Tracker
+    from onnxport.tree import Example
 
 __all__ = ["ExportSession", "Saved", "model_path"]
 
@@ -163,6 +164,7 @@ class ExportSession:
         self._say = say
         self._pipeline = Pipeline()
         self._failure: ExportError | None = None
+        self._reference = Reference(module)
         self._rehearsals = MAX_REHEARSALS
         self._origins: dict[str, Provenance] = {}
         if target is not None:
@@ -303,8 +305,9 @@ class ExportSession:
     def _job(self, saved: Saved) -> ExportJob:
         target = self._find_target()
         examples = self._examples(target)
-        reference = self._live_reference(target, examples, saved.state)
+        reference, idle = self._reference.run(target, examples, saved.state)
         copy = copy_module(self._module)
+        drop_hooks(copy, idle)
         warnings = load_weights(copy, saved.state)
         return ExportJob(
             module=copy,
@@ -327,29 +330,6 @@ class ExportSession:
             return tuple(self._observer.recorders[target].examples)
         given = self._fallback() if given is None else given
         return () if given is None else read_examples(given)
-
-    def _live_reference(
-        self, target: str, examples: tuple[Example, ...], state: Mapping[str, Any]
-    ) -> LiveReference | None:
-        """Run the live module once with the checkpoint's weights."""
-        if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
-            return None
-        module = self._module.get_submodule(target)
-        device = next(
-            (tensor.device for tensor in (*module.parameters(), *module.buffers())),
-            torch.device("cpu"),
-        )
-        example = examples[0]
-        args, kwargs = map_tensors(
-            (example.args, dict(example.kwargs)), lambda tensor: tensor.to(device)
-        )
-        outputs = run_borrowed(self._module, state, args, kwargs, target=target)
-        return LiveReference(
-            example=example,
-            outputs=tuple(tensor.detach().cpu() for _, tensor in flatten(outputs)[1]),
-            # Another device rounds differently, and may use TF32.
-            rtol=1e-4 if device.type == "cpu" else 2e-2,
-        )
 
     def _track(self, report: ExportReport, origin: Provenance, *, last: bool) -> ExportReport:
         if self._tracker is None or not report.ok:

@@ -20,9 +20,10 @@ from torch.nn.parameter import is_lazy
 
 from onnxport._torch_compat import export_context, is_compiled_forward
 from onnxport.exporter.duplicate import Duplicator, Unusable
+from onnxport.exporter.hooks import drop_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 __all__ = [
@@ -147,6 +148,7 @@ def run_borrowed(
     kwargs: Any,
     *,
     target: str = "",
+    without: Collection[Any] = (),
 ) -> Any:
     """Run a live module in eval mode with other weights, and leave no trace in it.
 
@@ -156,6 +158,7 @@ def run_borrowed(
         args: Positional arguments, on the module's device.
         kwargs: Keyword arguments, on the module's device.
         target: Name of the submodule to run.
+        without: Hooks that are not called.
     """
     given = {plain_name(name): tensor for name, tensor in state.items()}
     own: dict[int, torch.Tensor] = {}
@@ -164,6 +167,7 @@ def run_borrowed(
             if id(tensor) not in own or name in given:
                 own[id(tensor)] = _stand_in(given.get(name, tensor), tensor)
     with borrowed(module, own):
+        drop_hooks(module, without)
         return module.get_submodule(target)(*args, **kwargs)
 
 

@@ -1,0 +1,121 @@
+"""What the module in training computes with a checkpoint's weights."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onnxport.exporter.hooks import plain_hooks
+from onnxport.exporter.module_state import run_borrowed
+from onnxport.pipeline import LiveReference
+from onnxport.tree import flatten, map_tensors, same_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import nn
+
+    from onnxport.tree import Example
+
+__all__ = ["Reference"]
+
+logger = logging.getLogger(__name__)
+
+
+class Reference:
+    """Runs the live module once per checkpoint, and at the first tells which hooks are idle.
+
+    A user's hook that watches (it records a statistic, say) would be called by every run of the
+    copy, too, with tensors that training never had. Where it makes no difference to the result the
+    copy does without it.
+
+    Args:
+        module: The live module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._known: dict[tuple[int, ...], list[Any]] = {}
+
+    def run(
+        self, target: str, examples: tuple[Example, ...], state: Mapping[str, Any]
+    ) -> tuple[LiveReference | None, list[Any]]:
+        """Run the first example with a checkpoint's weights.
+
+        Args:
+            target: Name of the submodule to run.
+            examples: Calls of it.
+            state: The checkpoint's ``state_dict``.
+
+        Returns:
+            The outcome, ``None`` if there is nothing to run; and the hooks that are idle.
+        """
+        if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
+            return None, []
+        module = self._module.get_submodule(target)
+        device = next(
+            (tensor.device for tensor in (*module.parameters(), *module.buffers())),
+            torch.device("cpu"),
+        )
+        example = examples[0]
+        call = map_tensors(
+            (example.args, dict(example.kwargs)), lambda tensor: tensor.to(device, copy=True)
+        )
+        other = map_tensors(call, _other_values)
+        outputs = _flat(run_borrowed(self._module, state, *call, target=target))
+        reference = LiveReference(
+            example=example,
+            outputs=outputs,
+            # Another device rounds differently, and may use TF32.
+            rtol=1e-4 if device.type == "cpu" else 2e-2,
+        )
+        hooks = plain_hooks(module)
+        key = tuple(map(id, hooks))
+        if hooks and key not in self._known:
+            self._known[key] = hooks if self._are_idle(target, state, call, other, hooks) else []
+        return reference, self._known.get(key, [])
+
+    def _are_idle(
+        self, target: str, state: Mapping[str, Any], call: Any, other: Any, hooks: Collection[Any]
+    ) -> bool:
+        """Compare runs with and without hooks.
+
+        Without comes first, and on values that no hook has seen: one that keeps a tensor for
+        ``forward`` to read later is told by what it has kept of another call.
+        """
+        if all(torch.equal(a, b) for a, b in zip(_flat(call), _flat(other), strict=True)):
+            return False
+        try:
+            without = run_borrowed(
+                self._module, state, *_clone(other), target=target, without=hooks
+            )
+            within = run_borrowed(self._module, state, *_clone(other), target=target)
+            pairs = zip(_flat(without), _flat(within), strict=True)
+            return same_structure(flatten(without)[0], flatten(within)[0]) and all(
+                _same(a, b) for a, b in pairs
+            )
+        except Exception:
+            logger.debug("The hooks stay on the copy.", exc_info=True)
+            return False
+
+
+def _clone(tree: Any) -> Any:
+    return map_tensors(tree, torch.clone)
+
+
+def _flat(tree: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.detach().cpu() for _, tensor in flatten(tree)[1])
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _other_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return values that are allowed where these are: rows reversed, and numbers scaled."""
+    if tensor.layout is not torch.strided:
+        return tensor.clone()
+    tensor = tensor.flip(0) if tensor.ndim else tensor.clone()
+    return tensor * -0.5 if tensor.is_floating_point() else tensor

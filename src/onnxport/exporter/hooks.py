@@ -1,0 +1,46 @@
+"""Hooks of the user: which of them a copy can do without."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import nn
+
+__all__ = ["drop_hooks", "plain_hooks"]
+
+_KINDS = ("_forward_pre_hooks", "_forward_hooks")
+_MARKS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def plain_hooks(module: nn.Module) -> list[Any]:
+    """Return the forward hooks that a copy of the module shares with it: plain functions.
+
+    Their closures reach into the training run. Methods and objects are copied with the module.
+    """
+    return [
+        hook
+        for submodule in module.modules()
+        for kind in _KINDS
+        for hook in vars(submodule).get(kind, {}).values()
+        if isinstance(hook, FunctionType)
+    ]
+
+
+def drop_hooks(module: nn.Module, hooks: Collection[Any]) -> None:
+    """Take hooks off a module and all that is in it."""
+    unwanted = {id(hook) for hook in hooks}
+    for submodule in module.modules() if unwanted else ():
+        attributes = vars(submodule)
+        for kind in _KINDS:
+            registry = attributes.get(kind, {})
+            for key in [key for key, hook in registry.items() if id(hook) in unwanted]:
+                for each in (kind, *_MARKS):
+                    attributes.get(each, {}).pop(key, None)
