@@ -132,10 +132,20 @@ FAKE_TENSOR_LIMITS = (
 
 
 @contextmanager
+def _silent(noisy: logging.Logger) -> Iterator[None]:
+    """Keep a logger quiet: a size that a module refuses is an answer, not an error."""
+    disabled, noisy.disabled = noisy.disabled, True
+    try:
+        yield
+    finally:
+        noisy.disabled = disabled
+
+
+@contextmanager
 def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
     """Give tensors that have the shapes and no values; modules run on them compute nothing."""
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    with mode, _silent(logging.getLogger(fake_tensor.__name__)):
         yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
 
 

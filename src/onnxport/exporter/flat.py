@@ -29,27 +29,41 @@ class FlatModule(nn.Module):
     Args:
         module: The module to wrap; in eval mode.
         spec: Structure of ``(args, kwargs)``, see :func:`onnxport.tree.flatten`.
+
+    Attributes:
+        keeps_state: Whether a run changes the module, so that every run needs a fresh start.
     """
 
     def __init__(self, module: nn.Module, spec: Spec) -> None:
         super().__init__()
         self.module = module
         self.spec = spec
+        self.keeps_state = False
         self.training = module.training
 
     @override
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the tensors of the result, in tree order; other values of it are left out."""
-        args, kwargs = rebuild(self.spec, tensors)
-        _, found = flatten(self.module(*args, **kwargs))
-        return tuple(tensor for _, tensor in found)
+        return tuple(tensor for _, tensor in self.run_nested(tensors))
 
     def result_paths(self, tensors: tuple[torch.Tensor, ...]) -> list[Path]:
         """Run once and return where each tensor of the result stands."""
         return [path for path, _ in self.run_nested(tensors)]
 
     def run_nested(self, tensors: tuple[torch.Tensor, ...]) -> list[tuple[Path, torch.Tensor]]:
-        """Run once and return the tensors of the result with their paths."""
+        """Run once and return the tensors of the result with their paths.
+
+        A result that is a number and no tensor (a size, say) becomes a scalar.
+        """
         args, kwargs = rebuild(self.spec, tensors)
         result: Any = self.module(*args, **kwargs)
+        if isinstance(result, (int, float, torch.SymInt, torch.SymFloat)):
+            result = _scalar(result)
         return flatten(result)[1]
+
+
+def _scalar(value: Any) -> torch.Tensor:
+    if isinstance(value, bool):
+        return torch.scalar_tensor(value, dtype=torch.bool)
+    whole = isinstance(value, (int, torch.SymInt))
+    return torch.scalar_tensor(value, dtype=torch.int64 if whole else torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from onnxport.errors import OnnxportError, VerificationError
 from onnxport.exporter.control_flow import branches
 from onnxport.exporter.dynamo import DynamoCore
 from onnxport.exporter.explain import explain
+from onnxport.exporter.isolation import isolated
 from onnxport.exporter.module_state import preserved_rng
 from onnxport.exporter.patches import applied, patches_for, text_of
 from onnxport.exporter.torchscript import ScriptCore, TraceCore
@@ -42,7 +44,7 @@ _LADDERS: dict[str, tuple[Core, ...]] = {
 
 _ABOUT_SIZES = (
     *("dimension", "dynamic", "constraint", "specializ", "disagree", "onnx runtime fails"),
-    *("guard", "symbolic", "should be"),
+    *("guard", "symbolic", "should be", "conflict", "size"),
 )
 _ABOUT_OPTIMISING = ("pass", "optimiz", "disagree", "onnx runtime", "fold", "onnx.checker")
 
@@ -165,6 +167,7 @@ def _attempt(
             export_context(),
             captured_output(),
             applied(rung.patches, request.module),
+            isolated(request.module) if request.module.keeps_state else nullcontext(),
         ):
             model = rung.core.export(request)
         climbed.checks = prove(rung, model)

@@ -63,12 +63,14 @@ class Module:
             return None
 
 
-def infer_axes(module: Module, calls: Sequence[Tensors]) -> AxisPlan:
+def infer_axes(module: Module, calls: Sequence[Tensors], *, as_seen: bool = False) -> AxisPlan:
     """Find the dynamic axes of a module from calls that it got.
 
     Args:
         module: What to run, and the names of its inputs and outputs.
         calls: Observed calls of one structure; the first one is probed.
+        as_seen: Take sizes to vary only together and by the steps that the calls showed, also where
+            the module accepts more.
 
     Returns:
         The plan; without any dynamic axis when none was found.
@@ -89,6 +91,9 @@ def infer_axes(module: Module, calls: Sequence[Tensors]) -> AxisPlan:
         plan.add_batch(batch, seen)
         _add_second_batch(plan, batch, varied)
     for dim in _rest(varied, plan.places):
+        if as_seen:
+            plan.add(replace(dim, text=f"{dim.text}; taken in steps of {dim.step}"))
+            continue
         for part in untied(plan.shapes, plan.small, dim, module.names):
             plan.add(stepped(plan.shapes, plan.small, part))
     plan.add_data_dependent_sizes(calls)

@@ -75,8 +75,10 @@ def _subsets(places: Sequence[Place], count: int) -> Iterator[tuple[Place, ...]]
 
 def _moves(shapes: Shapes, call: Tensors, places: tuple[Place, ...], dim: Dim) -> bool:
     size = size_of(call, dim)
-    # By the step that the calls showed: any other size may be refused for another reason.
-    return shapes(grown(call, places, size + dim.step)) is not None
+    # By the step that the calls showed: any other size may be refused for another reason. Longer
+    # and shorter: a mask that is too long may be cut to the rest without being a size of its own.
+    tried = (size + dim.step, max(size - dim.step, 1))
+    return all(shapes(grown(call, places, new)) is not None for new in tried)
 
 
 def _text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from onnxport.config import PRECISIONS
 from onnxport.errors import ExportError, InputInferenceError
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
+from onnxport.exporter.isolation import changes_itself, isolated
 from onnxport.exporter.module_state import evaluate, preserved_rng
 from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
@@ -23,7 +25,7 @@ from onnxport.signature import ModelSignature, TensorSpec
 from onnxport.tree import Example, Spec, constants, flatten, same_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -51,7 +53,7 @@ class Plan:
     signature: ModelSignature
     axes: AxisPlan
     warnings: tuple[str, ...]
-    inferred: bool = True
+    as_seen: Callable[[], AxisPlan] | None = None
 
     @property
     def rows(self) -> Tensors:
@@ -59,13 +61,23 @@ class Plan:
         return many_rows(self.calls, self.axes)
 
     def fallbacks(self) -> Iterator[Plan]:
-        """Yield plans that ask less of an exporter: the batch alone is dynamic.
+        """Yield plans that ask less of an exporter.
 
-        Axes that the user declared are never given up, nor is a batch: a model for one batch size
-        is not what anybody expects.
+        First, sizes vary only as they were seen to: together, and by the steps between them; then
+        the batch alone is dynamic. Axes that the user declared are never given up, nor is a batch:
+        a model for one batch size is not what anybody expects.
         """
+        if self.as_seen is None:
+            return
         others = [name for name in self.axes.names if name not in self.axes.batches]
-        if self.inferred and self.axes.batch is not None and others:
+        seen = self.as_seen() if others else self.axes
+        if (seen.inputs, seen.steps) != (self.axes.inputs, self.axes.steps):
+            text = (
+                "No core could keep all sizes free that PyTorch accepts: sizes are proven only as "
+                "they were seen to vary, see the evidence. Why is said under attempts."
+            )
+            yield self._with_axes(replace(seen, warnings=(*seen.warnings, text)))
+        if self.axes.batch is not None and others:
             text = (
                 f"No core could keep {', '.join(others)} dynamic: the model takes the observed "
                 "sizes of these only. Why is said under attempts."
@@ -155,7 +167,7 @@ def make_plan(job: ExportJob) -> Plan:
         signature=signature,
         axes=replace(axes, warnings=()),
         warnings=(*warnings, *axes.warnings),
-        inferred=given.dynamic_axes is None,
+        as_seen=None if given.dynamic_axes else lambda: infer_axes(probed, calls, as_seen=True),
     )
 
 
@@ -240,7 +252,8 @@ def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, .
     """
     try:
         with preserved_rng(), export_context():
-            first, second = flat.run_nested(tensors), flat.run_nested(tensors)
+            flat.keeps_state = changes_itself(flat, tensors)
+        first, second = _run_nested(flat, tensors), _run_nested(flat, tensors)
     except Exception as error:
         raise ExportError(
             f"The module does not run in eval mode on an observed call: "
@@ -258,10 +271,19 @@ def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, .
     return first
 
 
+def _run_nested(
+    flat: FlatModule, tensors: Tensors
+) -> list[tuple[tuple[object, ...], torch.Tensor]]:
+    fresh = isolated(flat) if flat.keeps_state else nullcontext()
+    with preserved_rng(), export_context(), fresh:
+        return flat.run_nested(tuple(tensor.clone() for tensor in tensors))
+
+
 def _compare_with_live(module: nn.Module, reference: LiveReference) -> None:
     spec, found = flatten((reference.example.args, dict(reference.example.kwargs)))
     try:
-        outputs = run_flat(FlatModule(module, spec), [tensor for _, tensor in found])
+        rows = [tensor for _, tensor in found]
+        outputs = run_flat(FlatModule(module, spec), rows, isolate=True)
     except Exception as error:
         raise ExportError(
             f"The module runs in training but its copy does not: {type(error).__name__}: {error}. "

@@ -32,7 +32,7 @@ __all__ = ["Case", "Proof"]
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
-REAL = "real"
+REAL, PROBE = "real", "probe"
 VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
     "negated": negate,
     "scaled": scale,
@@ -222,18 +222,24 @@ class Proof:
         """Other sizes of each dynamic axis that is not the batch, where PyTorch accepts them."""
         axes, small = self._plan.axes, self._at_batch(SMALL_BATCH)
         sizes = current_sizes(small, axes.inputs)
+        seen = [current_sizes(call, axes.inputs) for call in self._plan.calls]
+        largest = {name: max(call[name] for call in seen) for name in sizes}
         others = [name for name in sizes if name not in axes.batches]
         steps = {name: (axes.steps or {}).get(name, 1) for name in others}
         changes = [{name: sizes[name] + steps[name]} for name in others]
         changes += [{name: sizes[name] - steps[name]} for name in others]
-        changes += [{name: sizes[name] + 2 * steps[name] for name in others}] if others else []
+        if others:
+            # Beyond what was seen: a table that grew with the calls is too short there.
+            changes.append({name: largest[name] + steps[name] for name in others})
+            changes.append({name: 2 * largest[name] + steps[name] for name in others})
         possible = [change for change in changes if all(size > 0 for size in change.values())]
         candidates = [resize(small, axes.inputs, change) for change in possible]
-        return [inputs for inputs in candidates if self._try("probe", inputs) is not None]
+        return [inputs for inputs in candidates if self._try(PROBE, inputs) is not None]
 
     def _try(self, rows: str, inputs: Tensors) -> Tensors | None:
         try:
-            return run_flat(self._plan.flat, inputs)
+            # Another size may make the module grow a table that it keeps.
+            return run_flat(self._plan.flat, inputs, isolate=rows == PROBE)
         except Exception as error:
             if rows == REAL:
                 where = _where(current_sizes(inputs, self._plan.axes.inputs), rows)

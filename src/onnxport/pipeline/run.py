@@ -31,7 +31,7 @@ from onnxport.report import ExportReport
 from onnxport.validation.session import runtime_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
 
@@ -84,8 +84,8 @@ class Pipeline:
         return report
 
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
-        attempts: tuple[Attempt, ...] = ()
-        for plan in _plans(job, seconds):
+        attempts: list[Attempt] = []
+        for plan in _plans(job, attempts, seconds):
             with _timed(seconds, "reference"):
                 proof = Proof(plan, job.options.verify)
             draft = replace(
@@ -97,8 +97,8 @@ class Pipeline:
             )
             with staging(job.path) as staged:
                 climbed, opset = self._climb(job, plan, proof, staged, seconds)
-                attempts += tuple(climbed.attempts)
-                draft = replace(draft, attempts=attempts, checks=climbed.checks)
+                attempts += climbed.attempts
+                draft = replace(draft, attempts=tuple(attempts), checks=climbed.checks)
                 if climbed.winner is None:
                     continue
                 with _timed(seconds, "publish"):
@@ -139,12 +139,27 @@ class Pipeline:
         return climbed, opset
 
 
-def _plans(job: ExportJob, seconds: dict[str, float]) -> Iterator[Plan]:
-    """Yield the plan that asks for most, then those that ask for less."""
+def _plans(
+    job: ExportJob, attempts: Sequence[Attempt], seconds: dict[str, float]
+) -> Iterator[Plan]:
+    """Yield the plan that asks for most, then those that ask for less, while none succeeds."""
     with _timed(seconds, "plan"):
         plan = make_plan(job)
     yield plan
+    if any(_lacks_kernel(attempt) for attempt in attempts) and job.options.precision is None:
+        # ONNX Runtime's CPU provider lacks many kernels for other types than float32.
+        text = "ONNX Runtime lacks a kernel for the weights' type: exported as float32."
+        options = replace(job.options, precision="fp32")
+        with _timed(seconds, "plan"):
+            plan = make_plan(replace(job, options=options, warnings=(*job.warnings, text)))
+        yield plan
     yield from plan.fallbacks()
+
+
+def _lacks_kernel(attempt: Attempt) -> bool:
+    return "NOT_IMPLEMENTED" in attempt.reason or "Could not find an implementation" in (
+        attempt.reason
+    )
 
 
 def _draft(job: ExportJob) -> ExportReport:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from onnxport._torch_compat import FAKE_TENSOR_LIMITS, export_context, fake_tensors
+from onnxport.exporter.isolation import isolated
 from onnxport.exporter.module_state import preserved_rng
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import nn
 
     from onnxport.exporter.flat import FlatModule
 
@@ -28,10 +28,19 @@ DEAR_S = 0.3
 """A run that takes longer is replaced by one on fake tensors where only shapes are asked for."""
 
 
-def run_flat(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Tensors:
-    """Run a flat module as an export would see it: no gradients, no autocast, no fast path."""
-    with preserved_rng(), export_context():
-        return tuple(tensor.detach() for tensor in module(*tensors))
+def run_flat(
+    module: FlatModule, tensors: Sequence[torch.Tensor], *, isolate: bool = False
+) -> Tensors:
+    """Run a flat module as an export would see it: no gradients, no autocast, no fast path.
+
+    Args:
+        module: The module.
+        tensors: Its inputs; a module that writes to them gets copies.
+        isolate: Let the run leave no trace in the module, though it usually leaves none.
+    """
+    fresh = isolated(module) if isolate or module.keeps_state else nullcontext()
+    with preserved_rng(), export_context(), fresh:
+        return tuple(tensor.detach() for tensor in module(*(tensor.clone() for tensor in tensors)))
 
 
 class ShapeProbe:
@@ -63,7 +72,7 @@ class ShapeProbe:
 
     def _real(self, tensors: Tensors) -> tuple[tuple[int, ...], ...] | None:
         try:
-            return tuple(tuple(tensor.shape) for tensor in run_flat(self._flat, tensors))
+            return _shapes(run_flat(self._flat, tensors, isolate=True))
         except Exception:
             logger.debug("eager run refused", exc_info=True)
             return None
@@ -71,9 +80,13 @@ class ShapeProbe:
     def _fake(self, tensors: Tensors) -> tuple[tuple[int, ...], ...] | None:
         try:
             with fake_tensors(tensors) as fakes:
-                return tuple(tuple(tensor.shape) for tensor in run_flat(self._flat, fakes))
+                return _shapes(run_flat(self._flat, fakes, isolate=True))
         except FAKE_TENSOR_LIMITS:
             raise
         except Exception:
             logger.debug("run on fake tensors refused", exc_info=True)
             return None
+
+
+def _shapes(tensors: Tensors) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
