@@ -16,6 +16,8 @@ import dataclasses
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -349,7 +351,11 @@ class Slot:
 
 
 def run_all(
-    work: list[tuple[Case, str]], jobs: int, limit_s: float, done: Callable[[Row], None]
+    work: list[tuple[Case, str]],
+    jobs: int,
+    limit_s: float,
+    done: Callable[[Row], None],
+    logs: Path | None = None,
 ) -> None:
     """Run each case in a forked process, so imports are paid once and crashes stay there."""
     queue, slots = list(work), []
@@ -366,7 +372,7 @@ def run_all(
                     if pid == 0:
                         _child(slots[-1])
                 time.sleep(POLL_S)
-                slots = [slot for slot in slots if not _ended(slot, limit_s, done)]
+                slots = [slot for slot in slots if not _ended(slot, limit_s, done, logs)]
         finally:
             for slot in slots:
                 _kill(slot.pid)
@@ -377,13 +383,16 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _ended(slot: Slot, limit_s: float, done: Callable[[Row], None]) -> bool:
+def _ended(slot: Slot, limit_s: float, done: Callable[[Row], None], logs: Path | None) -> bool:
     pid, status = os.waitpid(slot.pid, os.WNOHANG)
     if pid == 0 and time.monotonic() - slot.started <= limit_s:
         return False
     _kill(slot.pid)  # With what it may have started itself.
     if pid == 0:
         os.waitpid(slot.pid, 0)
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        shutil.copy(slot.folder / "log", logs / f"{slot.folder.name}.log")
     where = slot.folder / "stage"
     stage = where.read_text() if where.exists() else "start"
     result = slot.folder / "row.json"
@@ -404,6 +413,7 @@ def _ended(slot: Slot, limit_s: float, done: Callable[[Row], None]) -> bool:
 def _child(slot: Slot) -> None:
     """Run one case in this forked process and leave without any clean-up of the parent's."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(slot.folder / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -416,10 +426,6 @@ def _child(slot: Slot) -> None:
     except BaseException as error:  # noqa: BLE001 - the benchmark's own mistake, shown as such
         traceback.print_exc()
         row = {"outcome": "crashed", "reason": f"benchmark: {modes_of.first_line(error)}"}
-    if keep := os.environ.get("TRAINING_ZOO_LOGS"):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        (Path(keep) / f"{slot.folder.name}.log").write_text((slot.folder / "log").read_text())
     partial = slot.folder / "row.partial"
     partial.write_text(json.dumps(row, default=str))
     partial.rename(slot.folder / "row.json")
@@ -434,6 +440,13 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _earlier(folder: Path, names: list[str]) -> list[Row]:
+    """Read the rows of the last run but those of the cases that run again."""
+    path = folder / "training_zoo.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["case"] not in names]
 
 
 def summarise(rows: list[Row]) -> Row:
@@ -468,21 +481,21 @@ def write_results(folder: Path, rows: list[Row], spent_s: float) -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "seconds": round(spent_s),
+        "last_run_s": round(spent_s),
     }
     figures = summarise(rows)
     data = {"about": about, "figures": figures, "rows": rows}
-    (folder / "training_zoo.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "training_zoo.json").write_text(_without_paths(json.dumps(data, indent=1)) + "\n")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     lines = [
         "# Training: what the callback makes of models of many kinds\n",
         f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}.\n",
         (
-            "Each model was wrapped in a plain LightningModule whose steps call `self(...)` (forward) "
-            "or `self.model(...)` (model), and trained for two steps on the CPU with validation, a "
-            "`ModelCheckpoint` and `OnnxExport()` without arguments, then once more without it. What "
-            "was published is compared with a fresh module that has the checkpoint's weights, in ONNX "
-            "Runtime, at sizes and values that training has not seen.\n"
+            "Each model was wrapped in a plain LightningModule whose steps call `self(...)` "
+            "(forward) or `self.model(...)` (model), and trained for two steps on the CPU with "
+            "validation and a `ModelCheckpoint`, once without and once with `OnnxExport()` without "
+            "arguments. What was published is compared in ONNX Runtime with a fresh module that "
+            "has the checkpoint's weights, at sizes and values that training has not seen.\n"
         ),
         *(f"- *{name}*: {text}." for name, text in OUTCOMES.items()),
         "\n## Summary\n",
@@ -494,7 +507,13 @@ def write_results(folder: Path, rows: list[Row], spent_s: float) -> None:
         "\n## What is not right\n",
         *(line for row in rows for line in _failure(row)),
     ]
-    (folder / "training_zoo.md").write_text("\n".join(lines) + "\n")
+    (folder / "training_zoo.md").write_text(_without_paths("\n".join(lines)) + "\n")
+
+
+def _without_paths(text: str) -> str:
+    """Leave out where this machine keeps things: reasons name lines of code."""
+    text = re.sub(r"/[^\s'\":]*/(site-packages|training-zoo-[^/]*)/", "", text)
+    return text.replace(f"{Path(__file__).parent.parent}/", "")
 
 
 def figure_lines(figures: Row) -> list[str]:
@@ -559,6 +578,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=LIMIT_S)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--merge", action="store_true", help="keep other rows of the last run")
+    parser.add_argument("--logs", type=Path, help="folder for what each process says")
     parser.add_argument(
         "--style", choices=("both", *STYLES), default="both", help="who is called; both: in turn"
     )
@@ -582,13 +603,13 @@ def main() -> int:
     in_turn = list(STYLES) if options.style == "both" else [options.style]
     work = [(found[name], in_turn[place % len(in_turn)]) for place, name in enumerate(names)]
     preload()
-    rows: list[Row] = []
+    rows = _earlier(options.out, names) if options.merge else []
+    order = {name: index for index, name in enumerate(found)}
     started = time.monotonic()
 
     def done(row: Row) -> None:
         rows.append(row)
-        place = {name: index for index, name in enumerate(names)}
-        rows.sort(key=lambda r: place[r["case"]])
+        rows.sort(key=lambda r: order.get(r["case"], len(order)))
         axes = f" [axes: {row['axes_reason']}]" if row.get("axes_reason") else ""
         text = f"{row['reason'][:140]}{axes}"
         core = str(row.get("core") or "-")
@@ -596,8 +617,9 @@ def main() -> int:
         print(f"{row['seconds']:7.1f} s  {text}", flush=True)
         write_results(options.out, rows, time.monotonic() - started)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        run_all(work, options.jobs, options.limit_s, done)
+        run_all(work, options.jobs, options.limit_s, done, options.logs)
     print("\n".join(figure_lines(summarise(rows))))
     return 0
 
