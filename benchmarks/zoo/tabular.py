@@ -85,6 +85,10 @@ def _pytorch_tabular(name: str, config: str, options: dict[str, Any]) -> nn.Modu
     model: nn.Module = getattr(models, name)(
         config=merged, inferred_config=OmegaConf.structured(inferred)
     )
+    # Some of these set their thresholds from the first rows that they see, as training would do.
+    with torch.no_grad():
+        first = columns(batch=64)
+        model.eval()(*first.args, **first.kwargs)
     return model
 
 

@@ -8,14 +8,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from onnxport._torch_compat import captured_output, export_context
+from onnxport._torch_compat import CapturedOutput, captured_output, export_context
 from onnxport.errors import OnnxportError, VerificationError
 from onnxport.exporter.control_flow import branches
 from onnxport.exporter.dynamo import DynamoCore
-from onnxport.exporter.explain import explain
+from onnxport.exporter.explain import explain, explain_mismatch
 from onnxport.exporter.isolation import isolated
 from onnxport.exporter.module_state import preserved_rng
 from onnxport.exporter.patches import applied, patches_for, text_of
+from onnxport.exporter.reproduce import FailedAttempt
 from onnxport.exporter.torchscript import ScriptCore, TraceCore
 from onnxport.report import Attempt
 
@@ -74,14 +75,13 @@ class Climb:
     Args:
         winner: The rung that won, or ``None``.
         attempts: All attempts, in order.
-        errors: What each failed attempt raised, in order.
-        outputs: What torch printed during each failed attempt.
+        failures: What each failed attempt raised and printed, in order.
         checks: The checks of the last model proven.
     """
 
     winner: Rung | None = None
     attempts: list[Attempt] = field(default_factory=list)
-    errors: list[Exception] = field(default_factory=list)
+    failures: list[FailedAttempt] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
 
 
@@ -159,24 +159,25 @@ def _attempt(
     climbed: Climb,
 ) -> Exception | None:
     start = time.perf_counter()
-    reason = ""
+    reason, output = "", CapturedOutput()
     failure: Exception | None = None
     try:
         with (
             preserved_rng(),
             export_context(),
-            captured_output(),
+            captured_output() as output,
             applied(rung.patches, request.module),
             isolated(request.module) if request.module.keeps_state else nullcontext(),
         ):
             model = rung.core.export(request)
         climbed.checks = prove(rung, model)
     except VerificationError as error:
-        reason, climbed.checks, failure = str(error), error.checks, error
+        reason = explain_mismatch(error, rung.core.name, output.text)
+        climbed.checks, failure = error.checks, error
     except OnnxportError:
         raise  # the disk or the installation, not the core
     except Exception as error:
-        reason, failure = explain(error, lambda: request.module(*request.args)), error
+        reason, failure = explain(error, request=request), error
         logger.debug("%s failed", rung.key, exc_info=True)
     climbed.attempts.append(
         Attempt(
@@ -188,7 +189,15 @@ def _attempt(
         )
     )
     if failure is not None:
-        climbed.errors.append(failure)
+        climbed.failures.append(
+            FailedAttempt(
+                core=rung.core.name,
+                variant=rung.variant,
+                error=failure,
+                output=output.text,
+                reason=reason,
+            )
+        )
     return failure
 
 

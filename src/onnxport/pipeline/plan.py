@@ -19,7 +19,7 @@ from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
 from onnxport.inputs.resize import current_sizes, resize
 from onnxport.inputs.rows import many_rows
-from onnxport.pipeline.randomness import first_random_module
+from onnxport.pipeline.randomness import first_random_module, reseed
 from onnxport.pipeline.runs import ShapeProbe, run_flat
 from onnxport.signature import ModelSignature, TensorSpec
 from onnxport.tree import Example, Spec, constants, flatten, same_structure
@@ -253,7 +253,10 @@ def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, .
     try:
         with preserved_rng(), export_context():
             flat.keeps_state = changes_itself(flat, tensors)
-        first, second = _run_nested(flat, tensors), _run_nested(flat, tensors)
+        with preserved_rng():
+            first = _run_nested(flat, tensors)
+            reseed()
+            second = _run_nested(flat, tensors)
     except Exception as error:
         raise ExportError(
             f"The module does not run in eval mode on an observed call: "

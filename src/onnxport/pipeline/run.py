@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from onnxport.errors import OnnxportError, PublishError
 from onnxport.exporter.ladder import climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.ownership import is_our_report
+from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
 from onnxport.exporter.writer import (
     publish,
     remove_model,
@@ -54,6 +56,7 @@ class Pipeline:
     def __init__(self, memory: RungMemory | None = None) -> None:
         self._memory = RungMemory() if memory is None else memory
         self._winners: dict[str, Rung] = {}
+        self._reproduced = False
 
     def run(self, job: ExportJob) -> ExportReport:
         """Export, prove and publish.
@@ -85,6 +88,7 @@ class Pipeline:
 
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
         attempts: list[Attempt] = []
+        failures: list[FailedAttempt] = []
         for plan in _plans(job, attempts, seconds):
             with _timed(seconds, "reference"):
                 proof = Proof(plan, job.options.verify)
@@ -98,14 +102,25 @@ class Pipeline:
             with staging(job.path) as staged:
                 climbed, opset = self._climb(job, plan, proof, staged, seconds)
                 attempts += climbed.attempts
+                failures += climbed.failures
                 draft = replace(draft, attempts=tuple(attempts), checks=climbed.checks)
                 if climbed.winner is None:
                     continue
                 with _timed(seconds, "publish"):
                     publish(staged, job.path)
+                    shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
             core = climbed.winner.core.name
             return replace(draft, ok=True, path=str(job.path), core=core, opset=opset)
-        return replace(draft, error=_no_core(draft))
+        return replace(draft, error=_no_core(draft) + self._reproduce(job, plan, failures))
+
+    def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
+        """Write what repeats the failure, once per run: it holds the module's weights."""
+        if self._reproduced:
+            return ""
+        request = plan.request(job.options.opset)
+        folder = write_reproduction(reproduction_path(job.path), request, failures)
+        self._reproduced = folder is not None
+        return f" To repeat it: {folder}/reproduce.py" if folder is not None else ""
 
     def _climb(
         self, job: ExportJob, plan: Plan, proof: Proof, staged: Path, seconds: dict[str, float]
