@@ -42,6 +42,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which rung won in another test or run must not decide what this one tries first.
+    monkeypatch.setenv("ONNXPORT_CACHE_DIR", str(tmp_path_factory.mktemp("memory")))
+
+
+@pytest.fixture(autouse=True)
 def _no_environment_leak() -> Iterator[None]:
     before = dict(os.environ)
     yield

@@ -26,12 +26,14 @@ def branches(module: nn.Module) -> bool:
     Questions that have one answer for one model (``if self.training``, ``is None``,
     ``isinstance``, loops over ``self.layers``) do not count.
     """
-    if type(module).__module__.startswith("torch.nn."):
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith(
+        "torch.nn."
+    ):
         return False
     try:
         source = textwrap.dedent(inspect.getsource(type(module).forward))
         tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError, IndentationError):
+    except (OSError, TypeError, AttributeError, SyntaxError):
         return False
     return any(_decides(node) for node in ast.walk(tree))
 
@@ -63,6 +65,8 @@ def _is_constant(node: ast.expr) -> bool:
     if parts is not None:
         return all(_is_constant(part) for part in parts)
     while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Subscript) and not _is_constant(node.slice):
+            return False
         node = node.value
     return isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id == "self")
 
@@ -90,8 +94,8 @@ def scripted_parts(module: nn.Module) -> Iterator[int]:
 
 
 def _script_below(module: nn.Module, undo: ExitStack) -> Iterator[int]:
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.jit.ScriptModule):
+    for name, child in list(module._modules.items()):  # noqa: SLF001 - each name of a shared child
+        if child is None or isinstance(child, torch.jit.ScriptModule):
             continue
         compiled = _compiled(child) if branches(child) else None
         if compiled is None:

@@ -15,7 +15,7 @@ from onnxport.exporter.dynamo import DynamoCore
 from onnxport.exporter.explain import explain, explain_mismatch
 from onnxport.exporter.isolation import isolated
 from onnxport.exporter.module_state import preserved_rng
-from onnxport.exporter.patches import applied, patches_for, text_of
+from onnxport.exporter.patches import PATCHES, applied, patches_for, text_of
 from onnxport.exporter.reproduce import FailedAttempt
 from onnxport.exporter.torchscript import ScriptCore, TraceCore
 from onnxport.report import Attempt
@@ -101,16 +101,10 @@ def rungs(core: str, first: Rung | None = None) -> tuple[Rung, ...]:
 def named_rung(core: str, key: str) -> Rung | None:
     """Return the rung of a ladder that was remembered under a name, or ``None``."""
     name, _, variant = key.partition("/")
-    for one in _LADDERS[core]:
-        if one.name != name:
-            continue
-        words = variant.split(", ") if variant else []
-        own = one.variant.split(", ") if one.variant else []
-        patches = frozenset(words) - set(own)
-        rung = Rung(one, patches)
-        if rung.key == key:
-            return rung
-    return None
+    words = frozenset(variant.split(", ")) if variant else frozenset()
+    patches = words & {patch.name for patch in PATCHES}
+    found = (Rung(one, patches) for one in _LADDERS[core] if one.name == name)
+    return next((rung for rung in found if rung.key == key), None)
 
 
 def climb(

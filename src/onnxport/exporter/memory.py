@@ -42,7 +42,7 @@ class RungMemory:
         try:
             known = json.loads(self._file(key, core).read_text(encoding="utf-8"))
             return named_rung(core, known["rung"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def remember(self, key: str, core: str, rung: Rung) -> None:

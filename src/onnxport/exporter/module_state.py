@@ -217,7 +217,8 @@ def copy_module(module: nn.Module) -> nn.Module:
 def _uncompile(module: nn.Module, memo: Mapping[int, Any]) -> None:
     """Take out what ``torch.compile`` left on a copy: wrappers and closures over the original."""
     children = vars(module)["_modules"]
-    if _WRAPPED not in children:
+    # A script module has no plain dict there, and nothing that torch.compile could have wrapped.
+    if isinstance(children, dict) and _WRAPPED not in children:
         children.update({name: _unwrapped(child) for name, child in children.items()})
     if vars(module).get("_compiler_ctx") is not None:  # Lightning's note of what was compiled
         vars(module)["_compiler_ctx"] = None
