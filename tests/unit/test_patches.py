@@ -318,7 +318,7 @@ def test_modules_without_parametrizations_keep_their_weights() -> None:
 
 
 def test_a_failed_check_of_a_distribution_asks_for_unchecked_distributions() -> None:
-    text = error_of(lambda: Normal(torch.zeros(1), -torch.ones(1)))
+    text = error_of(lambda: Normal(torch.zeros(1), -torch.ones(1), validate_args=True))
     assert patches_for(text, nn.Identity()) == {"unchecked distributions"}
 
 
@@ -376,7 +376,7 @@ def test_patches_that_do_not_concern_a_module_are_not_chosen() -> None:
 def test_the_text_of_an_error_names_the_files_and_causes_that_led_to_it() -> None:
     def fail() -> None:
         try:
-            Normal(torch.zeros(1), -torch.ones(1))
+            Normal(torch.zeros(1), -torch.ones(1), validate_args=True)
         except ValueError as error:
             raise RuntimeError("export failed") from error
 
