@@ -176,6 +176,25 @@ def test_an_output_that_does_not_follow_any_axis_gives_no_batch() -> None:
     assert plan.batch is None
 
 
+def test_where_no_output_follows_axes_that_take_other_sizes_are_dynamic() -> None:
+    plan = infer(lambda x: (x @ normal(3, 2)).sum(), (normal(8, 3),))
+    assert [list(axes) for axes in plan.inputs] == [[0]]
+    assert plan.outputs == ({},)
+    assert [entry.kind for entry in plan.evidence] == ["accepted"]
+    assert "other sizes of x0[0] are accepted" in plan.evidence[0].text
+
+
+def test_axes_of_one_size_that_only_move_together_are_one_dimension() -> None:
+    plan = infer(lambda a, b: (a * b).sum(), (normal(8, 1), normal(8, 1)))
+    assert plan.inputs[0] == plan.inputs[1] != {}
+
+
+def test_what_is_only_accepted_is_given_up_where_sizes_are_taken_as_seen() -> None:
+    names = ["x0"], ["y0"]
+    module = probed(lambda x: x.sum(), *names)
+    assert infer_axes(module, [(normal(8, 3),)], as_seen=True).inputs == ({},)
+
+
 @pytest.mark.parametrize(
     "coupled",
     [

@@ -1,8 +1,9 @@
 """Find the axes that may vary, with the evidence for each.
 
 Strongest first: sizes that differed between observed calls; then the permute-and-repeat test, which
-finds the batch when all calls had one batch size. Which output axes follow is read off runs in
-which one dimension at a time has another size.
+finds the batch when all calls had one batch size; where neither shows anything, that other sizes
+are accepted. Which output axes follow is read off runs in which one dimension at a time has another
+size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnxport.inputs.dims import (
     size_of,
 )
 from onnxport.inputs.resize import negate
-from onnxport.inputs.varied import stepped, untied, varied_dims
+from onnxport.inputs.varied import accepted_dims, stepped, untied, varied_dims
 from onnxport.report import AxisEvidence
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ def infer_axes(module: Module, calls: Sequence[Tensors], *, as_seen: bool = Fals
     batch = find_batch(module.run, calls[0], varied, module.output_names)
     plan = _Draft(module, calls[0])
     if batch is None:
-        rest = "the other" if varied else "all"
-        plan.warnings.append(f"No batch axis was found: {rest} sizes are static.")
+        if not varied and not as_seen:
+            varied = accepted_dims(plan.shapes, calls[0], module.names)
+        rest = "all sizes but those under evidence" if varied else "all sizes"
+        plan.warnings.append(f"No batch axis was found: {rest} are static.")
     else:
         seen = next((d for d in varied if set(batch.places) & set(d.places)), None)
         plan.add_batch(batch, seen)

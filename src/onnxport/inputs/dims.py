@@ -47,7 +47,7 @@ class Dim:
 
     Args:
         places: Where it stands.
-        kind: ``"varied"``, ``"probed"`` or ``"declared"``.
+        kind: ``"varied"``, ``"probed"``, ``"accepted"`` or ``"declared"``.
         text: The evidence, in words.
         step: Sizes must be a multiple of this from the observed ones, as far as was seen.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from onnxport.inputs.dims import Place, Shapes, Tensors
 
-__all__ = ["stepped", "untied", "varied_dims"]
+__all__ = ["accepted_dims", "stepped", "untied", "varied_dims"]
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 """Steps that networks with pooling and upsampling ask for."""
@@ -47,6 +47,35 @@ def varied_dims(calls: Sequence[Tensors], names: Sequence[str]) -> list[Dim]:
 
 def _where(places: Sequence[Place], names: Sequence[str]) -> str:
     return ", ".join(f"{names[place]}[{axis}]" for place, axis in places)
+
+
+def accepted_dims(shapes: Shapes, call: Tensors, names: Sequence[str]) -> list[Dim]:
+    """Return the axes that a module takes at other sizes, for want of other evidence.
+
+    Axes of one size at one position go together where the module takes them so.
+
+    Args:
+        shapes: Runs the module for its shapes.
+        call: An observed call.
+        names: Names of the inputs.
+    """
+    groups: dict[tuple[int, int], list[Place]] = {}
+    for place, tensor in enumerate(call):
+        for axis, size in enumerate(tensor.shape):
+            if size > 1:  # a size of one may be there to be broadcast
+                groups.setdefault((axis, size), []).append((place, axis))
+    together = [_accepted(tuple(places), names) for places in groups.values()]
+    found: list[Dim] = []
+    for dim in together:
+        alone = [_accepted((place,), names) for place in dim.places]
+        candidates = [dim] if _moves(shapes, call, dim.places, dim) else alone
+        found += [one for one in candidates if _moves(shapes, call, one.places, one)]
+    return found
+
+
+def _accepted(places: tuple[Place, ...], names: Sequence[str]) -> Dim:
+    text = f"other sizes of {_where(places, names)} are accepted; no call had one"
+    return Dim(places=places, kind="accepted", text=text)
 
 
 def untied(shapes: Shapes, call: Tensors, dim: Dim, names: Sequence[str]) -> list[Dim]:

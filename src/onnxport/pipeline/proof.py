@@ -228,6 +228,7 @@ class Proof:
         steps = {name: (axes.steps or {}).get(name, 1) for name in others}
         changes = [{name: sizes[name] + steps[name]} for name in others]
         changes += [{name: sizes[name] - steps[name]} for name in others]
+        changes += [{entry.dim: 1} for entry in axes.evidence if entry.kind == "accepted"]
         if others:
             # Beyond what was seen: a table that grew with the calls is too short there.
             changes.append({name: largest[name] + steps[name] for name in others})
