@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onnxport.config import ExportOptions, Inputs, Verify
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.module_state import copy_module
+from onnxport.exporter.target import require_target
 from onnxport.exporter.weights import weights_sha256
 from onnxport.pipeline import ExportJob, Pipeline
 from onnxport.pipeline.plan import make_plan
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from onnxport.config import CoreName, Precision
+    from onnxport.exporter.target import Target
     from onnxport.report import Check, ExportReport
 
 __all__ = ["export", "verify"]
@@ -32,7 +34,7 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     path: str | os.PathLike[str],
     *,
     core: CoreName = "auto",
-    target: str | None = None,
+    target: Target | None = None,
     inputs: Inputs | None = None,
     opset: int | None = None,
     precision: Precision | None = None,
@@ -50,7 +52,9 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
             :class:`~onnxport.Example`, or a list of examples (several observed calls).
         path: Where the model goes; the report goes to ``<path>.json``.
         core: ``"auto"``, ``"dynamo"``, ``"trace"``, ``"script"`` or ``"torchscript"``.
-        target: Dotted name of a submodule to export instead of the module.
+        target: What to export instead of the module: the dotted name of a submodule or method, or
+            a callable that gets the module and returns a module or function around it. The example
+            is a call of that.
         inputs: Overrides of what is inferred.
         opset: ONNX opset version; default: torch's own.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the module's own.
@@ -121,11 +125,11 @@ def verify(
 
 
 def _job(
-    module: nn.Module, example: Any, path: Path, options: ExportOptions, target: str | None
+    module: nn.Module, example: Any, path: Path, options: ExportOptions, target: Target | None
 ) -> ExportJob:
     copy = copy_module(module)
     if target is not None:
-        require_submodule(copy, target)
+        require_target(copy, target)
     given = example if options.inputs.example is None else options.inputs.example
     return ExportJob(
         module=copy,
@@ -135,21 +139,6 @@ def _job(
         target=target or "",
         weights_sha256=weights_sha256(copy.state_dict()),
     )
-
-
-def require_submodule(module: nn.Module, target: str) -> None:
-    """Refuse the name of a submodule that is not there.
-
-    Raises:
-        ConfigurationError: With the names of the module's children.
-    """
-    try:
-        module.get_submodule(target)
-    except AttributeError as error:
-        names = [name for name, _ in module.named_children()]
-        raise ConfigurationError(
-            f"target={target!r} is no submodule of {type(module).__name__}, which has {names!r}."
-        ) from error
 
 
 def read_examples(value: Any) -> tuple[Example, ...]:

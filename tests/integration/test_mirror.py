@@ -15,7 +15,7 @@ import zoo
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from onnxport import ExportReport, OnnxExport, weights_sha256
-from onnxport.callbacks.session import model_path
+from onnxport.callbacks.paths import model_path
 
 if TYPE_CHECKING:
     from pathlib import Path

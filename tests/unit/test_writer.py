@@ -72,7 +72,8 @@ def write(
     prefix: str = "",
     signature: ModelSignature = SIGNATURE,
 ) -> None:
-    write_model(model, path, signature=signature, metadata=metadata or {}, prefix=prefix)
+    weights = {f"module.{name}": prefix + name for name in ("weight", "bias")} if prefix else {}
+    write_model(model, path, signature=signature, metadata=metadata or {}, weights=weights)
 
 
 def shapes(path: Path) -> dict[str, list[int | str]]:

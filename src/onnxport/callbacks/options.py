@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxport.config import MLflow
 from onnxport.errors import ConfigurationError
 
-__all__ = ["read_mlflow"]
+if TYPE_CHECKING:
+    from onnxport.exporter.target import Target
+
+__all__ = ["AnyTarget", "read_mlflow", "read_targets"]
+
+AnyTarget = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]] | None
+"""One target, or several by name; ``None``: found by watching."""
+
+
+def read_targets(target: AnyTarget) -> dict[str, Target | None]:
+    """Return what to export by what follows the names of the models; one target has ``""``.
+
+    Raises:
+        ConfigurationError: If it is no target, or a name cannot be part of a file's name.
+    """
+    if not isinstance(target, Mapping):
+        return {"": _checked(target)}
+    wrong = [name for name in target if not re.fullmatch(r"[\w.-]+", str(name))]
+    if wrong or not target:
+        raise ConfigurationError(
+            "target= as a mapping must have names of letters, digits, '_', '.' and '-', which "
+            f"become part of the models' names; got {wrong or dict(target)!r}."
+        )
+    return {f"-{name}": _checked(one) for name, one in target.items()}
+
+
+def _checked(target: Any) -> Target | None:
+    if target is None or isinstance(target, str) or callable(target):
+        known: Target | None = target
+        return known
+    raise ConfigurationError(
+        "target= must be the name of a submodule or method, a callable that makes a module of the "
+        f"trained one, or a mapping of names to these; got {target!r}."
+    )
 
 
 def read_mlflow(

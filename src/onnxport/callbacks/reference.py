@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport.exporter.hooks import plain_hooks
-from onnxport.exporter.module_state import run_borrowed
+from onnxport.exporter.module_state import plain_name, run_borrowed
+from onnxport.exporter.target import find_target
 from onnxport.pipeline import LiveReference
 from onnxport.tree import flatten, map_tensors, same_structure
 
@@ -45,7 +46,7 @@ class Reference:
         """Run the first example with a checkpoint's weights.
 
         Args:
-            target: Name of the submodule to run.
+            target: Name of the submodule or method to run.
             examples: Calls of it.
             state: The checkpoint's ``state_dict``.
 
@@ -54,7 +55,7 @@ class Reference:
         """
         if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
             return None, []
-        module = self._module.get_submodule(target)
+        module = find_target(self._module, target)
         device = next(
             (tensor.device for tensor in (*module.parameters(), *module.buffers())),
             torch.device("cpu"),
@@ -70,6 +71,7 @@ class Reference:
             outputs=outputs,
             # Another device rounds differently, and may use TF32.
             rtol=1e-4 if device.type == "cpu" else 2e-2,
+            target=plain_name(target),
         )
         hooks = plain_hooks(module)
         key = tuple(map(id, hooks))

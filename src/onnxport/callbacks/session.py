@@ -7,9 +7,7 @@ of its methods raises: failures are reported, and handed out by :meth:`ExportSes
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport.api import read_examples, require_submodule
+from onnxport.api import read_examples
+from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.hooks import drop_hooks
@@ -29,85 +28,32 @@ from onnxport.exporter.module_state import (
     plain_name,
     preserved_rng,
 )
-from onnxport.exporter.ownership import read_metadata
+from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer
+from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob, Pipeline
-from onnxport.pipeline.run import read_report, save_report
+from onnxport.pipeline.run import save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
     from onnxport.config import ExportOptions
+    from onnxport.exporter.target import Target
     from onnxport.tracking.base import Tracker
     from onnxport.tree import Example
 
-__all__ = ["ExportSession", "Saved", "model_path"]
+__all__ = ["ExportSession", "Saved"]
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
-
 MAX_REHEARSALS = 3
 """Steps that are run on a copy to see calls that are compiled."""
-
-
-def model_path(
-    checkpoint: str | Path, dirpath: Path | None = None, roots: Sequence[str | Path] = ()
-) -> Path:
-    """Return where the model of a checkpoint goes: beside it, same stem, ``.onnx``.
-
-    Args:
-        checkpoint: Path of the checkpoint.
-        dirpath: Folder for all models. Where the model of another checkpoint has the name there
-            already, a hash of the checkpoint's path follows it.
-        roots: Folders of checkpoints; below ``dirpath``, a model has the same path as its
-            checkpoint has below the first of them that holds it.
-
-    Example:
-        >>> model_path("runs/epoch=1-acc=0.95.ckpt").name
-        'epoch=1-acc=0.95.onnx'
-    """
-    path = Path(checkpoint)
-    stem = path.stem if path.suffix in _CHECKPOINT_SUFFIXES else path.name
-    if dirpath is None:
-        return path.parent / f"{stem}.onnx"
-    parents = [path.relative_to(root).parent for root in roots if path.is_relative_to(root)]
-    folder = dirpath / (parents[0] if parents else "")
-    plain = folder / f"{stem}.onnx"
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # noqa: PTH100 - no links
-    unique = folder / f"{stem}-{digest}.onnx"
-    if _is_model_of(unique, path) or _is_taken(plain, path):
-        return unique
-    return plain
-
-
-def _is_model_of(model: Path, checkpoint: Path) -> bool:
-    """Tell whether a model of ours, or a report of a failed export, is of this checkpoint."""
-    report = read_report(model)
-    if report is not None and report.checkpoint is not None:
-        recorded = Path(report.checkpoint)
-        if recorded.name != checkpoint.name:
-            return False
-        # A folder may have been moved with everything in it.
-        return model.parent == checkpoint.parent or recorded.absolute() == checkpoint.absolute()
-    return read_metadata(model).get("checkpoint") == checkpoint.name
-
-
-def _is_taken(model: Path, checkpoint: Path) -> bool:
-    """Tell whether a name belongs to the model of another checkpoint, which is still there."""
-    report = read_report(model)
-    return (
-        report is not None
-        and report.checkpoint is not None
-        and Path(report.checkpoint).exists()
-        and not _is_model_of(model, checkpoint)
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +77,7 @@ class ExportSession:
     Args:
         module: The live module.
         options: How to export.
-        target: Name of the submodule to export; ``None``: find it by watching.
+        target: What to export; ``None``: find a submodule by watching.
         tracker: Where proven models are tracked, or ``None``.
         is_redirected: See :class:`~onnxport.inputs.observe.Observer`.
         fallback: Gives an example when no call was observed, or ``None``.
@@ -149,7 +95,7 @@ class ExportSession:
         module: nn.Module,
         options: ExportOptions,
         *,
-        target: str | None = None,
+        target: Target | None = None,
         tracker: Tracker | None = None,
         is_redirected: Callable[[nn.Module], bool] = lambda _: False,
         fallback: Callable[[], Any] = lambda: None,
@@ -168,10 +114,9 @@ class ExportSession:
         self._rehearsals = MAX_REHEARSALS
         self._origins: dict[str, Provenance] = {}
         if target is not None:
-            require_submodule(module, target)
-        targets = None if target is None else (target,)
-        self._observer = Observer(module, targets=targets, is_redirected=is_redirected)
-        if options.inputs.example is None:
+            require_target(module, target)
+        self._observer = _observer(module, target, is_redirected)
+        if options.inputs.example is None or callable(target):
             self._observer.start()
 
     # --- what the adapter tells -------------------------------------------------------------
@@ -182,7 +127,7 @@ class ExportSession:
         Args:
             batch: The batch.
             step: Runs the step on a copy of the module with a copy of the batch. It is used where
-                ``torch.compile`` hides the calls of the module itself.
+                ``torch.compile`` hides the calls of the module itself, and for methods.
         """
         if not self._observer.active:
             return
@@ -242,7 +187,7 @@ class ExportSession:
             path: The model; files that are none of ours stay.
             checkpoint: If given, the model of another checkpoint stays, too.
         """
-        if checkpoint is not None and not _is_model_of(path, Path(checkpoint)):
+        if checkpoint is not None and not is_model_of(path, Path(checkpoint)):
             return
         try:
             remove_model(path)
@@ -303,9 +248,12 @@ class ExportSession:
             return report
 
     def _job(self, saved: Saved) -> ExportJob:
-        target = self._find_target()
-        examples = self._examples(target)
-        reference, idle = self._reference.run(target, examples, saved.state)
+        watched = self._target if isinstance(self._target, str) else self._observer.choose() or ""
+        observed = self._observed(watched)
+        examples = self._given() or observed or self._from_fallback()
+        # Of what wraps the module, the module's own calls are compared.
+        runs = observed if callable(self._target) else examples
+        reference, idle = self._reference.run(watched, runs, saved.state)
         copy = copy_module(self._module)
         drop_hooks(copy, idle)
         warnings = load_weights(copy, saved.state)
@@ -314,21 +262,23 @@ class ExportSession:
             examples=examples,
             path=saved.path,
             options=self._options,
-            target=plain_name(target),
+            target=self._target if callable(self._target) else plain_name(watched),
             weights_sha256=weights_sha256(saved.state),
             provenance=saved.origin,
             reference=reference,
             warnings=warnings,
         )
 
-    def _find_target(self) -> str:
-        return self._target if self._target is not None else self._observer.choose() or ""
-
-    def _examples(self, target: str) -> tuple[Example, ...]:
+    def _given(self) -> tuple[Example, ...]:
         given = self._options.inputs.example
-        if given is None and target in self._observer.recorders:
-            return tuple(self._observer.recorders[target].examples)
-        given = self._fallback() if given is None else given
+        return () if given is None else read_examples(given)
+
+    def _observed(self, target: str) -> tuple[Example, ...]:
+        recorder = self._observer.recorders.get(target)
+        return () if recorder is None else tuple(recorder.examples)
+
+    def _from_fallback(self) -> tuple[Example, ...]:
+        given = self._fallback()
         return () if given is None else read_examples(given)
 
     def _track(self, report: ExportReport, origin: Provenance, *, last: bool) -> ExportReport:
@@ -371,6 +321,17 @@ class ExportSession:
         finally:
             if active:
                 self._observer.start()
+
+
+def _observer(
+    module: nn.Module, target: Target | None, is_redirected: Callable[[nn.Module], bool]
+) -> Observer | MethodObserver:
+    """Choose how calls are watched: by hooks, or for a method, on copies."""
+    if isinstance(target, str) and is_method(module, target):
+        owner, _, method = target.rpartition(".")
+        return MethodObserver(plain_name(owner), method)
+    targets = (target,) if isinstance(target, str) else None
+    return Observer(module, targets=targets, is_redirected=is_redirected)
 
 
 def _success_line(report: ExportReport) -> str:

@@ -50,6 +50,28 @@ class FlatModule(nn.Module):
         """Run once and return where each tensor of the result stands."""
         return [path for path, _ in self.run_nested(tensors)]
 
+    def weight_names(self, root: nn.Module) -> dict[str, str]:
+        """Return by which names the weights are known in a module that shares them.
+
+        Args:
+            root: The module whose ``state_dict`` is the checkpoint's.
+
+        Returns:
+            Name in this module -> name in ``root``; weights that it does not have are left out.
+        """
+        known: dict[int, list[str]] = {}
+        for name, submodule in root.named_modules(remove_duplicate=False):
+            known.setdefault(id(submodule), []).append(f"{name}." if name else "")
+        names: dict[str, str] = {}
+        for ours, submodule in self.named_modules(remove_duplicate=False):
+            theirs = known.get(id(submodule), [])
+            if theirs:
+                # A module with two names keeps, under each, the one that it ends with.
+                best = next((name for name in theirs if f"{ours}.".endswith(name)), theirs[0])
+                own = {**submodule._parameters, **submodule._buffers}  # noqa: SLF001 - own ones
+                names |= {f"{ours}.{key}": best + key for key in own}
+        return names
+
     def run_nested(self, tensors: tuple[torch.Tensor, ...]) -> list[tuple[Path, torch.Tensor]]:
         """Run once and return the tensors of the result with their paths.
 

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from onnxport._torch_compat import export_context, is_compiled_forward
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks
+from onnxport.exporter.target import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -157,7 +158,7 @@ def run_borrowed(
         state: Parameters and buffers by name; what is missing is taken from the module.
         args: Positional arguments, on the module's device.
         kwargs: Keyword arguments, on the module's device.
-        target: Name of the submodule to run.
+        target: Name of the submodule or method to run.
         without: Hooks that are not called.
     """
     given = {plain_name(name): tensor for name, tensor in state.items()}
@@ -168,13 +169,12 @@ def run_borrowed(
                 own[id(tensor)] = _stand_in(given.get(name, tensor), tensor)
     with borrowed(module, own):
         drop_hooks(module, without)
-        return module.get_submodule(target)(*args, **kwargs)
+        return find_target(module, target)(*args, **kwargs)
 
 
 def _own_tensors(module: nn.Module, target: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and buffers below a submodule, tied ones under each of their names."""
-    runs = module.get_submodule(target)
-    inside = {id(submodule) for submodule in runs.modules()}
+    inside = {id(submodule) for submodule in find_target(module, target).modules()}
     for prefix, submodule in module.named_modules(remove_duplicate=False):
         if id(submodule) not in inside:
             continue

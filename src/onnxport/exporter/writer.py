@@ -70,7 +70,7 @@ def write_model(
     *,
     signature: ModelSignature,
     metadata: Mapping[str, object],
-    prefix: str,
+    weights: Mapping[str, str],
 ) -> None:
     """Write a graph with names as in the checkpoint, complete shapes and its provenance.
 
@@ -81,12 +81,12 @@ def write_model(
             that it fixed stay, so that a wrongly fixed one is found.
         metadata: Written to ``metadata_props`` under ``onnxport.<key>``; values that are no strings
             as JSON.
-        prefix: What stands before the exported module's names in the checkpoint, e.g. ``"net."``.
+        weights: Names of the weights in the graph -> names in the checkpoint.
 
     Raises:
         PublishError: If the disk does not take it.
     """
-    _rename_initializers(model, prefix)
+    _rename_initializers(model, weights)
     _complete_shapes(model.graph.inputs, signature.inputs)
     _complete_shapes(model.graph.outputs, signature.outputs)
     model.producer_name = "onnxport"
@@ -108,12 +108,12 @@ def write_model(
         raise PublishError(_not_written(path, error)) from error
 
 
-def _rename_initializers(model: ir.Model, prefix: str) -> None:
+def _rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:
     """Give weights the names that they have in the checkpoint."""
     used = {value.name for value in _values(model.graph)}
     for name in list(model.graph.initializers):
-        renamed = prefix + name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and renamed not in used:
+        renamed = names.get(name, name.removeprefix(PREFIX))
+        if renamed not in used:
             value = model.graph.initializers[name]
             value.name = renamed
             if value.const_value is not None:

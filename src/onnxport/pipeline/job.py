@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from onnxport.config import ExportOptions
+    from onnxport.exporter.target import Target
     from onnxport.tree import Example
 
 __all__ = ["ExportJob", "LiveReference"]
@@ -28,11 +29,13 @@ class LiveReference:
         outputs: Its flat outputs, on the CPU.
         rtol: How far the copy may be from that, relative to the largest value; another device
             rounds differently.
+        target: Name of what was run.
     """
 
     example: Example
     outputs: tuple[torch.Tensor, ...]
     rtol: float
+    target: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,7 @@ class ExportJob:
         examples: Calls that the target really got; the first one decides structure and rows.
         path: Final name of the model.
         options: How to export and prove.
-        target: Name of the submodule to export; ``""``: the module itself.
+        target: What to export of the module; ``""``: the module itself.
         weights_sha256: Hash of the checkpoint's ``state_dict``.
         provenance: Where the weights come from.
         reference: What the live module gave, or ``None``.
@@ -55,7 +58,7 @@ class ExportJob:
     examples: tuple[Example, ...]
     path: Path
     options: ExportOptions
-    target: str = ""
+    target: Target = ""
     weights_sha256: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
     reference: LiveReference | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,10 +16,12 @@ from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.isolation import changes_itself, isolated
 from onnxport.exporter.module_state import evaluate, preserved_rng
+from onnxport.exporter.target import FunctionModule, find_target
 from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
 from onnxport.inputs.resize import current_sizes, resize
 from onnxport.inputs.rows import many_rows
+from onnxport.inputs.unused import unused_tensors, without
 from onnxport.pipeline.randomness import first_random_module, reseed
 from onnxport.pipeline.runs import ShapeProbe, run_flat
 from onnxport.signature import ModelSignature, TensorSpec
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from onnxport.pipeline.job import ExportJob, LiveReference
 
 __all__ = ["Plan", "make_plan"]
+
+logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -131,20 +136,23 @@ def make_plan(job: ExportJob) -> Plan:
         ExportError: If the module does not run, is random in eval mode, or is not what the live
             module is.
     """
-    module = evaluate(job.module.get_submodule(job.target))
+    evaluate(job.module)
     if job.reference is not None:
-        _compare_with_live(module, job.reference)
+        _compare_with_live(find_target(job.module, job.reference.target), job.reference)
+    module = evaluate(find_target(job.module, job.target))
     warnings = list(job.warnings)
+    examples = _used(module, job.examples, warnings)
     dtype = _precision(module, job.options, warnings)
     if dtype is not None:
         module.to(dtype)
-    spec, paths, calls = _same_structure(job.examples, warnings)
+    spec, paths, calls = _same_structure(examples, warnings)
     if dtype is not None:
         calls = tuple(tuple(_cast(tensor, dtype) for tensor in call) for call in calls)
     flat = FlatModule(module, spec)
     outputs = _first_run(flat, calls[0])
     given = job.options.inputs
-    names = input_names(module.forward, paths, given.names)
+    called = module.function if isinstance(module, FunctionModule) else module.forward
+    names = input_names(called, paths, given.names)
     out_names = output_names([path for path, _ in outputs], names, given.output_names)
 
     probed = Module(
@@ -169,6 +177,26 @@ def make_plan(job: ExportJob) -> Plan:
         warnings=(*warnings, *axes.warnings),
         as_seen=None if given.dynamic_axes else lambda: infer_axes(probed, calls, as_seen=True),
     )
+
+
+def _used(module: nn.Module, examples: Sequence[Example], warnings: list[str]) -> Sequence[Example]:
+    """Leave out what a function gets and does not use: a method may get labels with its batch."""
+    if not examples or not isinstance(module, FunctionModule):
+        return examples
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with preserved_rng(), export_context(), isolated(module):
+            return module(*args, **kwargs)
+
+    try:
+        unused = unused_tensors(run, examples[0])
+    except Exception:  # the first run tells in a moment
+        logger.debug("the function does not run", exc_info=True)
+        return examples
+    if unused:
+        names = input_names(module.function, unused)
+        warnings.append(f"{', '.join(names)}: not used, so no input of the model.")
+    return [without(example, unused) for example in examples]
 
 
 def _precision(

@@ -18,6 +18,7 @@ from onnxport.exporter.ladder import climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
+from onnxport.exporter.target import target_text
 from onnxport.exporter.writer import (
     publish,
     remove_model,
@@ -136,7 +137,7 @@ class Pipeline:
                     staged,
                     signature=plan.signature,
                     metadata=_metadata(job, plan, proof, rung),
-                    prefix=f"{job.target}." if job.target else "",
+                    weights=plan.flat.weight_names(job.module),
                 )
             with _timed(seconds, "prove"):
                 checks, opset = proof.judge(staged)
@@ -186,7 +187,7 @@ def _draft(job: ExportJob) -> ExportReport:
         global_step=origin.global_step,
         metrics=origin.metrics,
         weights_sha256=job.weights_sha256,
-        target=job.target,
+        target=target_text(job.target),
         warnings=job.warnings,
     )
 
@@ -203,7 +204,7 @@ def _metadata(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str,
         "epoch": job.provenance.epoch,
         "global_step": job.provenance.global_step,
         "metrics": {key: repr(value) for key, value in job.provenance.metrics.items()},
-        "target": job.target or None,
+        "target": target_text(job.target) or None,
         "core": rung.core.name,
         "dynamic_axes": {spec.name: spec.dynamic_axes for spec in specs if spec.dynamic_axes},
         "error_budget": proof.budgets,

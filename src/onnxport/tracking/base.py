@@ -51,6 +51,14 @@ class Tracker(Protocol):
         """
         ...
 
+    def named(self, suffix: str) -> Tracker:
+        """Return a tracker to the same run for models of one name.
+
+        Args:
+            suffix: What follows the registered model's name; ``""`` gives the tracker itself.
+        """
+        ...
+
     def resume(self) -> None:
         """Training is over: a server that was down may be asked again."""
         ...
@@ -73,6 +81,10 @@ class Unavailable:
     def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:  # noqa: ARG002
         """Say that everything is missing."""
         return TrackingRecord(uri="", missing=self._reason)
+
+    def named(self, suffix: str) -> Unavailable:  # noqa: ARG002
+        """Return the same."""
+        return self
 
     def resume(self) -> None:
         """Do nothing."""

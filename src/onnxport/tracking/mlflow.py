@@ -66,11 +66,20 @@ class MlflowTracker:
     """
 
     def __init__(self, address: RunAddress) -> None:
-        self._address = address
-        self._started_run = False
-        self._fit = uuid.uuid4().hex
-        self._may_have_run = False
+        self._options = address.options
+        self._run = _Run(address)
         self._down: str | None = None
+
+    def named(self, suffix: str) -> MlflowTracker:
+        """Return a tracker to the same run, with another name in the registry."""
+        if not suffix:
+            return self
+        register = self._options.register
+        tracker = MlflowTracker(self._run.address)
+        tracker._run = self._run
+        if register is not None:
+            tracker._options = replace(self._options, register=f"{register}{suffix}")
+        return tracker
 
     def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
         """Bring one proven model to the server; never raises.
@@ -78,7 +87,7 @@ class MlflowTracker:
         Once the server was found down, later calls return at once, until :meth:`resume`. What an
         earlier call has begun, and did not finish, is found and completed.
         """
-        uri = without_password(self._address.uri)
+        uri = without_password(self._run.address.uri)
         record = replace(report.tracking or TrackingRecord(uri=uri), uri=uri)
         if self._down is not None:
             return replace(record, missing=self._down)
@@ -100,12 +109,13 @@ class MlflowTracker:
 
     def close(self, *, failed: bool) -> None:
         """End the run if it is ours; the run of a logger is never touched."""
-        if not self._started_run or self._address.run_id is None or self._down is not None:
+        run = self._run
+        if not run.started or run.address.run_id is None or self._down is not None:
             return
         try:
             with _fail_fast():
-                _client(self._address.uri).set_terminated(
-                    self._address.run_id, "FAILED" if failed else "FINISHED"
+                _client(run.address.uri).set_terminated(
+                    run.address.run_id, "FAILED" if failed else "FINISHED"
                 )
         except Exception as error:  # noqa: BLE001 - as above
             logger.warning("The MLflow run was not ended: %s", _first_line(error))
@@ -113,43 +123,20 @@ class MlflowTracker:
     # --- steps ------------------------------------------------------------------------------
 
     def _require_reachable(self) -> None:
-        require_reachable(self._address.uri, HEALTH_TIMEOUT_S)
+        require_reachable(self._run.address.uri, HEALTH_TIMEOUT_S)
 
     def _publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
-        client = _client(self._address.uri)
-        run_id, experiment_id = self._run(client)
+        client = _client(self._run.address.uri)
+        run_id, experiment_id = self._run.open(client)
         logged = self._logged_model(client, report, origin, run_id, experiment_id)
         record = TrackingRecord(
-            uri=without_password(self._address.uri),
+            uri=without_password(self._run.address.uri),
             run_id=run_id,
             experiment_id=experiment_id,
             model_id=logged.model_id,
         )
         tags = _tags(report, origin) | {f"{TAG_PREFIX}key": _key(report, run_id)}
-        return register(client, self._address.options, record, logged, tags, last=last)
-
-    def _run(self, client: Any) -> tuple[str, str]:
-        address = self._address
-        if address.run_id is None or address.experiment_id is None:
-            name = address.options.experiment
-            found = client.get_experiment_by_name(name)
-            if found is not None:
-                experiment_id = found.experiment_id
-            else:
-                experiment_id = client.create_experiment(name, address.artifact_root)
-            tag = f"{TAG_PREFIX}fit"
-            begun = (
-                client.search_runs([experiment_id], f"tags.`{tag}` = '{self._fit}'")
-                if self._may_have_run
-                else []
-            )
-            self._may_have_run = True
-            run = begun[0] if begun else client.create_run(experiment_id, tags={tag: self._fit})
-            run_id = run.info.run_id
-            self._started_run = True
-            self._address = replace(address, run_id=run_id, experiment_id=experiment_id)
-            return str(run_id), str(experiment_id)
-        return address.run_id, address.experiment_id
+        return register(client, self._options, record, logged, tags, last=last)
 
     def _logged_model(
         self,
@@ -211,13 +198,13 @@ class MlflowTracker:
         linked: list[Metric] = []
         tags: dict[str, str] = {}
         for name, value in report.metrics.items():
-            key = _metric_key(self._address.metric_prefix + name)
+            key = _metric_key(self._run.address.metric_prefix + name)
             point = latest.get(key)
             if point is not None and point.value == value:
                 linked.append(
                     Metric(key, value, point.timestamp, point.step, model_id=logged.model_id)
                 )
-            elif self._started_run:
+            elif self._run.started:
                 points[key] = value
             else:
                 tags[f"{TAG_PREFIX}metrics.{key}"] = repr(value)
@@ -227,6 +214,47 @@ class MlflowTracker:
         client.log_batch(run_id, metrics=[*linked, *own])
         if tags:
             client.set_logged_model_tags(logged.model_id, tags)
+
+
+class _Run:
+    """The run that models are logged to, started when the first of them comes if there is none.
+
+    Args:
+        address: Which run.
+
+    Attributes:
+        started: Whether it is ours.
+    """
+
+    def __init__(self, address: RunAddress) -> None:
+        self.address = address
+        self.started = False
+        self._fit = uuid.uuid4().hex
+        self._may_exist = False
+
+    def open(self, client: Any) -> tuple[str, str]:
+        """Return the ids of the run and of its experiment."""
+        address = self.address
+        if address.run_id is None or address.experiment_id is None:
+            name = address.options.experiment
+            found = client.get_experiment_by_name(name)
+            if found is not None:
+                experiment_id = found.experiment_id
+            else:
+                experiment_id = client.create_experiment(name, address.artifact_root)
+            tag = f"{TAG_PREFIX}fit"
+            begun = (
+                client.search_runs([experiment_id], f"tags.`{tag}` = '{self._fit}'")
+                if self._may_exist
+                else []
+            )
+            self._may_exist = True
+            run = begun[0] if begun else client.create_run(experiment_id, tags={tag: self._fit})
+            run_id = run.info.run_id
+            self.started = True
+            self.address = replace(address, run_id=run_id, experiment_id=experiment_id)
+            return str(run_id), str(experiment_id)
+        return address.run_id, address.experiment_id
 
 
 def _client(uri: str) -> Any:

@@ -6,6 +6,8 @@ import logging
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +28,9 @@ from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
-from onnxport.callbacks.options import read_mlflow
-from onnxport.callbacks.session import ExportSession, Saved, model_path
+from onnxport.callbacks.options import AnyTarget, read_mlflow, read_targets
+from onnxport.callbacks.paths import model_path
+from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.report import ExportReport
@@ -36,7 +39,7 @@ from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from onnxport.config import CoreName, Precision
     from onnxport.report import Provenance
@@ -69,8 +72,11 @@ class OnnxExport(metaclass=FrameworkAware):
             when training ends; or a :class:`~onnxport.Cadence`.
         core: ``"auto"`` (dynamo, then trace, then script), ``"dynamo"``, ``"trace"``, ``"script"``
             or ``"torchscript"`` (trace, then script).
-        target: Dotted name of the submodule to export; default: the module's ``forward``, or, when
-            that is never called, the outermost submodule that is called with the batch.
+        target: What to export; default: the module's ``forward``, or, when that is never called,
+            the outermost submodule that is called with the batch. Else the dotted name of a
+            submodule or method (``"predict_step"``); or a callable that gets a copy of the module
+            and returns a module or function around it, for pre- and post-processing; or a mapping
+            of names to these, for several models per checkpoint, ``<stem>-<name>.onnx``.
         inputs: Overrides of what is observed and inferred.
         opset: ONNX opset version; default: torch's own.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the checkpoint's own,
@@ -106,7 +112,7 @@ class OnnxExport(metaclass=FrameworkAware):
         dirpath: str | os.PathLike[str] | None = None,
         when: When = "checkpoint",
         core: CoreName = "auto",
-        target: str | None = None,
+        target: AnyTarget = None,
         inputs: Inputs | None = None,
         opset: int | None = None,
         precision: Precision | None = None,
@@ -120,14 +126,14 @@ class OnnxExport(metaclass=FrameworkAware):
         require_runtime()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.cadence = read_when(when)
-        self.target = target
+        self.targets = read_targets(target)
         self.background = background
         self.on_error = on_error
         self.options = ExportOptions.of(
             core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
         )
         self._mlflow = read_mlflow(mlflow, register)
-        self._session: ExportSession | None = None
+        self._sessions: dict[str, ExportSession] = {}
         self._earlier: list[ExportReport] = []
         self._saves = 0
         self._place: str | None = ""
@@ -139,7 +145,8 @@ class OnnxExport(metaclass=FrameworkAware):
     @property
     def reports(self) -> list[ExportReport]:
         """One report per attempted checkpoint, in order."""
-        return [*self._earlier, *(self._session.reports if self._session else [])]
+        now = [session.reports for session in self._sessions.values()]
+        return [*self._earlier, *(r for group in zip_longest(*now) for r in group if r is not None)]
 
     def should_export(self, trainer: Any, checkpoint: str) -> bool:
         """Decide whether a checkpoint that was just written becomes a model.
@@ -154,7 +161,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        state = vars(self) | {"_session": None, "_earlier": self.reports}
+        state = vars(self) | {"_sessions": {}, "_earlier": self.reports}
         return unpickled, (unbound(type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
@@ -182,29 +189,33 @@ class OnnxExport(metaclass=FrameworkAware):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        self._earlier, self._saves, self._session = self.reports, 0, None
+        self._earlier, self._saves, self._sessions = self.reports, 0, {}
         if not trainer.is_global_zero:
             return
         if self._place is None:
             logger.warning("%s Training goes on.", _SAME_NAMES)
             self._earlier.append(ExportReport(ok=False, error=_SAME_NAMES))
             return
-        self._session = ExportSession(
-            pl_module,
-            self.options,
-            target=self.target,
-            tracker=self._tracker(trainer),
-            is_redirected=is_redirected,
-            fallback=lambda: getattr(pl_module, "example_input_array", None),
-            say=teller(type(self)),
-        )
+        tracker = self._tracker(trainer)
+        self._sessions = {
+            name: ExportSession(
+                pl_module,
+                self.options,
+                target=target,
+                tracker=None if tracker is None else tracker.named(name),
+                is_redirected=is_redirected,
+                fallback=lambda: getattr(pl_module, "example_input_array", None),
+                say=teller(type(self)),
+            )
+            for name, target in self.targets.items()
+        }
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._session is not None:
+        if self._sessions:
             self._mirror_links(trainer)
-            self._session.begin_batch(batch, rehearsal("training_step", trainer, batch_idx))
+            self._begin_batch(trainer, "training_step", batch, batch_idx)
         if trainer.world_size == 1:
             self._raise_failure(trainer)
 
@@ -219,33 +230,39 @@ class OnnxExport(metaclass=FrameworkAware):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._session is not None:
-            step = rehearsal("validation_step", trainer, batch_idx, dataloader_idx)
-            self._session.begin_batch(batch, step)
+        self._begin_batch(trainer, "validation_step", batch, batch_idx, dataloader_idx)
+
+    def _begin_batch(self, trainer: Any, step: str, batch: Any, *indices: int) -> None:
+        for name, session in self._sessions.items():
+            method = self.targets[name]
+            session.begin_batch(batch, rehearsal(step, trainer, *indices, method=method))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._raise_failure(trainer)
-        if self._session is not None and trainer.current_epoch > 0:
-            self._session.stop_observing()
+        if trainer.current_epoch > 0:
+            for session in self._sessions.values():
+                session.stop_observing()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._session is not None:
+        if self._sessions:
             with _never_raises("the export at the end of training"):
                 self._export_at_end(trainer, pl_module)
             self._mirror_links(trainer)
-            best = best_checkpoint(trainer)
-            self._session.finish(None if best is None else self._model_path(best))
+        best = best_checkpoint(trainer)
+        for name, session in self._sessions.items():
+            session.finish(None if best is None else self._model_path(best, name))
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._session is not None:
+        if self._sessions:
             self._mirror_links(trainer)
-            self._session.finish(failed=True)
+        for session in self._sessions.values():
+            session.finish(failed=True)
 
     # --- checkpoints ------------------------------------------------------------------------
 
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
-        if self._session is None or Path(path).name.startswith(_TUNER_PREFIXES):
+        if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
             return
         with _never_raises(f"exporting {path}"):
             if self._wants(trainer, path):
@@ -259,46 +276,46 @@ class OnnxExport(metaclass=FrameworkAware):
         return wanted
 
     def _on_removed(self, path: str) -> None:
-        if self._session is not None and not remove_link(self._model_path(path)):
-            self._session.removed(self._model_path(path), path)
+        for name, session in self._sessions.items():
+            model = self._model_path(path, name)
+            if not remove_link(model):
+                session.removed(model, path)
 
-    def _save(self, state: Any, checkpoint: str, origin: Provenance) -> None:
-        if self._session is not None:
-            path = self._model_path(checkpoint)
-            self._unlinked = True
-            self._session.saved(Saved(state=state, path=path, origin=origin))
+    def _save(
+        self, state: Any, checkpoint: str, origin: Provenance, only: Iterable[str] | None = None
+    ) -> None:
+        self._unlinked = True
+        for name in self._sessions if only is None else only:
+            path = self._model_path(checkpoint, name)
+            self._sessions[name].saved(Saved(state=state, path=path, origin=origin))
 
-    def _model_path(self, checkpoint: str) -> Path:
+    def _model_path(self, checkpoint: str, name: str) -> Path:
         path = model_path(checkpoint, self.dirpath, self._roots)
-        return path.with_name(f"{path.stem}{self._place or ''}{path.suffix}")
+        return path.with_name(f"{path.stem}{name}{self._place or ''}{path.suffix}")
 
     def _mirror_links(self, trainer: Any) -> None:
         """The trainer links to a checkpoint after it has saved it."""
         if self._unlinked:
             self._unlinked = False
-            with _never_raises("linking models"):
-                mirror_links(trainer, self._model_path)
+            for name in self._sessions:
+                with _never_raises("linking models"):
+                    mirror_links(trainer, partial(self._model_path, name=name))
 
     def _export_at_end(self, trainer: Any, pl_module: Any) -> None:
         """Make sure that the best weights have a model."""
-        if self._session is None or not self.cadence.at_end:
+        if not self.cadence.at_end:
             return
         if trainer.fast_dev_run:
             self._dry_run(trainer, pl_module)
             return
         best = best_checkpoint(trainer)
         if best is None:
-            if not self._session.reports:
+            if not any(session.reports for session in self._sessions.values()):
                 self._export_final(trainer, pl_module)
             return
-        path = str(self._model_path(best))
-        if (
-            any(report.ok and report.path == path for report in self.reports)
-            and Path(path).exists()
-        ):
+        lacking = [name for name in self._sessions if self._lacks_model(best, name)]
+        if not lacking:
             return
-        if any(not r.ok and r.checkpoint == best for r in self.reports):
-            return  # tried and failed with these weights already
         content = trainer.strategy.checkpoint_io.load_checkpoint(
             best, map_location="cpu", weights_only=False
         )
@@ -307,31 +324,38 @@ class OnnxExport(metaclass=FrameworkAware):
             epoch=content.get("epoch"),
             global_step=content.get("global_step"),
         )
-        self._save(content["state_dict"], best, with_best_score(trainer, origin, self._measured))
+        origin = with_best_score(trainer, origin, self._measured)
+        self._save(content["state_dict"], best, origin, lacking)
+
+    def _lacks_model(self, checkpoint: str, name: str) -> bool:
+        """Tell whether a checkpoint has no model, and was not tried in vain."""
+        path = self._model_path(checkpoint, name)
+        reports = self._sessions[name].reports
+        proven = any(report.ok and report.path == str(path) for report in reports)
+        failed = any(not report.ok and report.checkpoint == checkpoint for report in reports)
+        return not failed and not (proven and path.exists())
 
     def _export_final(self, trainer: Any, pl_module: Any) -> None:
         """Export the weights as they are when training ends: no checkpoint became a model."""
         origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
-        if self._session is None:
-            return
         if is_sharded(trainer.strategy):  # gathering them takes all ranks
-            self._session.failed("There is no checkpoint, and the weights are sharded.", origin)
+            for session in self._sessions.values():
+                session.failed("There is no checkpoint, and the weights are sharded.", origin)
             return
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
         self._save(pl_module.state_dict(), str(self._folder / name), origin)
 
     def _dry_run(self, trainer: Any, pl_module: Any) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
-        if self._session is None:
-            return
-        with tempfile.TemporaryDirectory(prefix="onnxport-") as folder:
-            self._session.dry_run(
-                Saved(
-                    state=pl_module.state_dict(),
-                    path=Path(folder) / "model.onnx",
-                    origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
+        for session in self._sessions.values():
+            with tempfile.TemporaryDirectory(prefix="onnxport-") as folder:
+                session.dry_run(
+                    Saved(
+                        state=pl_module.state_dict(),
+                        path=Path(folder) / "model.onnx",
+                        origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
+                    )
                 )
-            )
 
     # --- tracking and errors ----------------------------------------------------------------
 
@@ -351,7 +375,8 @@ class OnnxExport(metaclass=FrameworkAware):
         """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""
         if self.on_error != "raise":
             return
-        failure = None if self._session is None else self._session.take_failure()
+        failures = [session.take_failure() for session in self._sessions.values()]
+        failure = next((one for one in failures if one is not None), None)
         if failure is not None and trainer.world_size == 1:
             raise failure
         if trainer.world_size > 1:

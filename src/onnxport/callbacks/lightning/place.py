@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from onnxport.exporter.target import target_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -18,7 +20,7 @@ def place_among(
     """Return what to add to the names of a callback's models.
 
     Args:
-        callback: Has ``dirpath`` and ``target``.
+        callback: Has ``dirpath`` and ``targets``, by what follows the names of their models.
         callbacks: All callbacks of the trainer, with others among them.
         is_one: Tells which of them export.
 
@@ -33,9 +35,15 @@ def place_among(
         if is_one(other) and (other.dirpath and other.dirpath.resolve()) == folder
     ]
     earlier = peers[: next((i for i, other in enumerate(peers) if other is callback), 0)]
-    if any(other.target == callback.target for other in earlier):
+    if any(_names(other) & _names(callback) for other in earlier):
         return None
-    return f"-{callback.target}" if len(peers) > 1 and callback.target else ""
+    only = callback.targets.get("")
+    return f"-{target_text(only)}" if len(peers) > 1 and only else ""
+
+
+def _names(callback: Any) -> set[str]:
+    """What follows the names of a callback's models where others write to the same folder."""
+    return {suffix or target_text(one or "") for suffix, one in callback.targets.items()}
 
 
 def is_sharded(strategy: Any) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,21 +13,27 @@ if TYPE_CHECKING:
 
 __all__ = ["rehearsal"]
 
+logger = logging.getLogger(__name__)
 
-def rehearsal(name: str, trainer: Any, *indices: int) -> Callable[[Any, Any], Any]:
+
+def rehearsal(
+    name: str, trainer: Any, *indices: int, method: object = None
+) -> Callable[[Any, Any], Any]:
     """Return what runs a step of a copy of the module, with no effect outside of the copy.
 
     Args:
         name: ``"training_step"`` or ``"validation_step"``.
-        trainer: The trainer; only the number of its optimizers is read.
+        trainer: The trainer; only the numbers of its optimizers and processes are read.
         indices: Of the batch and, in validation, of the loader.
+        method: If it is the name of a step that training does not run, this is run afterwards with
+            the batch, or with the first part of it, as the trainer would in prediction.
     """
 
     def step(module: Any, batch: Any) -> Any:
         optimizers = [_Nothing() for _ in trainer.optimizers]
         module.optimizers = lambda *_, **__: optimizers[0] if len(optimizers) == 1 else optimizers
-        for method in ("manual_backward", "toggle_optimizer", "untoggle_optimizer"):
-            setattr(module, method, _nothing)
+        for acting in ("manual_backward", "toggle_optimizer", "untoggle_optimizer"):
+            setattr(module, acting, _nothing)
         run = getattr(module, name)
         parameters = list(inspect.signature(run).parameters.values())
         if parameters and parameters[0].name == "dataloader_iter":
@@ -33,7 +42,33 @@ def rehearsal(name: str, trainer: Any, *indices: int) -> Callable[[Any, Any], An
         arguments = (batch, *indices)
         return run(*arguments[: None if several else len(parameters)])
 
-    return step
+    if not isinstance(method, str) or not method.endswith("_step"):
+        return step
+
+    def steps(module: Any, batch: Any) -> None:
+        if trainer.world_size == 1:  # another process would not rehearse, and a step may wait
+            _quietly(step, module, batch)
+        inputs = batch[:1] if isinstance(batch, (tuple, list)) else ()
+        for given in (batch, *inputs):
+            _quietly(partial(_run_alone, method), module, given)
+
+    return steps
+
+
+def _run_alone(method: str, module: Any, batch: Any) -> None:
+    """Call a step as for the first batch: indices that differ would be constants that differ."""
+    run = operator.attrgetter(method)(module)
+    parameters = list(inspect.signature(run).parameters.values())
+    names = {each.name for each in parameters}
+    indices = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in names}
+    run(batch, **indices)
+
+
+def _quietly(step: Callable[[Any, Any], Any], module: Any, batch: Any) -> None:
+    try:
+        step(module, batch)
+    except Exception:
+        logger.debug("A step could not be rehearsed.", exc_info=True)
 
 
 class _Nothing:

@@ -1,0 +1,71 @@
+"""Where the model of a checkpoint lies, and whose model a file is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxport.exporter.ownership import read_metadata
+from onnxport.pipeline.run import read_report
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["is_model_of", "model_path"]
+
+_CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
+
+
+def model_path(
+    checkpoint: str | Path, dirpath: Path | None = None, roots: Sequence[str | Path] = ()
+) -> Path:
+    """Return where the model of a checkpoint goes: beside it, same stem, ``.onnx``.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        dirpath: Folder for all models. Where the model of another checkpoint has the name there
+            already, a hash of the checkpoint's path follows it.
+        roots: Folders of checkpoints; below ``dirpath``, a model has the same path as its
+            checkpoint has below the first of them that holds it.
+
+    Example:
+        >>> model_path("runs/epoch=1-acc=0.95.ckpt").name
+        'epoch=1-acc=0.95.onnx'
+    """
+    path = Path(checkpoint)
+    stem = path.stem if path.suffix in _CHECKPOINT_SUFFIXES else path.name
+    if dirpath is None:
+        return path.parent / f"{stem}.onnx"
+    parents = [path.relative_to(root).parent for root in roots if path.is_relative_to(root)]
+    folder = dirpath / (parents[0] if parents else "")
+    plain = folder / f"{stem}.onnx"
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # noqa: PTH100 - no links
+    unique = folder / f"{stem}-{digest}.onnx"
+    if is_model_of(unique, path) or _is_taken(plain, path):
+        return unique
+    return plain
+
+
+def is_model_of(model: Path, checkpoint: Path) -> bool:
+    """Tell whether a model of ours, or a report of a failed export, is of this checkpoint."""
+    report = read_report(model)
+    if report is not None and report.checkpoint is not None:
+        recorded = Path(report.checkpoint)
+        if recorded.name != checkpoint.name:
+            return False
+        # A folder may have been moved with everything in it.
+        return model.parent == checkpoint.parent or recorded.absolute() == checkpoint.absolute()
+    return read_metadata(model).get("checkpoint") == checkpoint.name
+
+
+def _is_taken(model: Path, checkpoint: Path) -> bool:
+    """Tell whether a name belongs to the model of another checkpoint, which is still there."""
+    report = read_report(model)
+    return (
+        report is not None
+        and report.checkpoint is not None
+        and Path(report.checkpoint).exists()
+        and not is_model_of(model, checkpoint)
+    )
