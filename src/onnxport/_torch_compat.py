@@ -9,14 +9,15 @@ import tempfile
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import ast
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = [
     "DEFAULT_OPSET",
@@ -27,7 +28,9 @@ __all__ = [
     "compiled_graphs",
     "export_context",
     "fake_tensors",
+    "forget_half_compiled_types",
     "is_compiled_forward",
+    "rewritten_sources",
 ]
 
 DEFAULT_OPSET = 20
@@ -158,3 +161,35 @@ def compiled_graphs() -> int:
     """Return how many graphs ``torch.compile`` has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
+
+
+@contextmanager
+def rewritten_sources(
+    rewrite: Callable[[Callable[..., Any], ast.Module], ast.Module],
+) -> Iterator[None]:
+    """Let a function change each syntax tree on its way to TorchScript's compiler."""
+    from torch.jit import frontend as module
+
+    frontend: Any = module
+    parse = frontend.parse_def
+
+    def parse_and_rewrite(function: Callable[..., Any]) -> Any:
+        parsed = parse(function)
+        return parsed._replace(ast=rewrite(function, parsed.ast))
+
+    frontend.parse_def = parse_and_rewrite
+    try:
+        yield
+    finally:
+        frontend.parse_def = parse
+
+
+def forget_half_compiled_types() -> None:
+    """Drop what TorchScript keeps of classes for later, after one of them did not compile.
+
+    Script modules that exist hold their own types; a class that is compiled again gets a new one.
+    """
+    from torch.jit import _recursive as module
+
+    _recursive: Any = module
+    _recursive.concrete_type_store = _recursive.ConcreteTypeStore()

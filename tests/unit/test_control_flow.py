@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from onnxport.exporter.control_flow import branches, scripted_parts, without_raising_properties
+from onnxport.exporter.control_flow import branches, scripted_parts
+from onnxport.exporter.scripting import without_raising_properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Distribution, Normal
 from torch.nn.modules import transformer
@@ -201,7 +203,6 @@ def test_eager_attention_is_chosen_inside_only_and_shared_configurations_are_put
     assert chosen == ["sdpa", "eager", None, "flex", "sdpa"]
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the setter of a configuration sets its parts too")
 def test_the_parts_of_a_configuration_get_back_what_each_had() -> None:
     transformers = pytest.importorskip("transformers")
     model, text = Configured(None), Configured(None)
@@ -214,6 +215,68 @@ def test_the_parts_of_a_configuration_get_back_what_each_had() -> None:
         assert text.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "sdpa"
     assert text.config._attn_implementation == "flex_attention"
+
+
+def test_experts_are_batched_inside_only() -> None:
+    module = Configured(None)
+    module.config._experts_implementation = "grouped_mm"
+    assert patches_for("grouped_mm_fallback", module) == {"batched experts"}
+    with applied(["batched experts"], module):
+        assert module.config._experts_implementation == "batched_mm"
+    assert module.config._experts_implementation == "grouped_mm"
+    assert patches_for("grouped_mm_fallback", nn.Linear(1, 1)) == frozenset()
+
+
+# --- functions written out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [nn.GRUCell, nn.LSTMCell, nn.RNNCell, lambda *a, **k: nn.RNNCell(*a, nonlinearity="relu", **k)],
+)
+def test_plain_cells_compute_the_same(kind: Callable[..., nn.Module], bias: bool) -> None:
+    cell = kind(3, 5, bias=bias)
+    rows, state = torch.randn(4, 3), torch.randn(4, 5)
+    states = (state, torch.randn(4, 5)) if isinstance(cell, nn.LSTMCell) else state
+    kind_before = type(cell)
+    plain, plain_first = cell(rows, states), cell(rows[0])
+    with applied(["plain cells"], cell):
+        assert type(cell) is not kind_before
+        torch.testing.assert_close(cell(rows, states), plain)
+        torch.testing.assert_close(cell(rows[0]), plain_first)
+    assert type(cell) is kind_before
+
+
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    out=st.tuples(st.integers(1, 9), st.one_of(st.none(), st.integers(1, 9))),
+)
+def test_plain_adaptive_pooling_computes_the_same(size: Any, out: Any) -> None:
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    pool, line = nn.AdaptiveAvgPool2d(out), nn.AdaptiveAvgPool1d(out[0])
+    plain, plain_line = pool(image), line(image[0])
+    with applied(["plain adaptive pooling"], pool):
+        torch.testing.assert_close(pool(image), plain)
+        torch.testing.assert_close(line(image[0]), plain_line)
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (4, 2)), ((4, 5, 3), (4, 2, 1)), ((1, 5), (4, 2))])
+@pytest.mark.parametrize("dim", [1, None])
+def test_plain_take_along_dim_computes_the_same(shapes: Any, dim: int | None) -> None:
+    x, index = torch.randn(shapes[0]), torch.randint(5, shapes[1])
+    plain = torch.take_along_dim(x, index, dim)
+    with applied(["plain take_along_dim"], nn.Identity()):
+        assert torch.equal(torch.take_along_dim(x, index, dim), plain)
+        assert torch.equal(x.take_along_dim(index, dim), plain)
+
+
+def test_round_takes_a_tensor_inside_only_and_rounds_as_python_does() -> None:
+    with applied(["rounded sizes"], nn.Identity()):
+        assert [round(torch.tensor(x)).item() for x in (0.5, 1.5, 2.5, 2.6)] == [0, 2, 2, 3]
+        assert float(round(torch.tensor(1.26), 1)) == pytest.approx(1.3)
+    with pytest.raises(TypeError):
+        round(torch.tensor(1.0))
 
 
 # --- parametrized weights ---------------------------------------------------------------------
@@ -275,7 +338,6 @@ def test_a_module_that_was_baked_can_still_be_trained(make: Callable[[], nn.Modu
     assert all(gradient is not None for gradient in gradients)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="parametrizations are put back at the end")
 def test_parts_that_were_added_after_a_parametrization_keep_their_place() -> None:
     linear = parametrizations.weight_norm(nn.Linear(2, 2))
     linear.extra = nn.Linear(1, 1)

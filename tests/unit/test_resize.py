@@ -97,3 +97,17 @@ def test_only_floating_point_tensors_change_their_sign() -> None:
     assert torch.equal(negated[1], ids)
     assert torch.equal(negated[2], flags)
     assert floats.tolist() == [1.0, -2.0]
+
+
+def test_repeats_are_no_ties_with_what_they_repeat() -> None:
+    scores = torch.tensor([[0.5, -0.25, 0.125]])
+    (longer,) = resize([scores], ({1: "sequence"},), {"sequence": 7})
+    assert torch.equal(longer[:, :3], scores)
+    assert longer.unique().numel() == 7
+    assert torch.allclose(longer[0, 3:6], scores[0], rtol=0.02)
+
+
+def test_masks_and_counts_kept_as_floats_are_repeated_exactly() -> None:
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    (longer,) = resize([mask], ({1: "sequence"},), {"sequence": 6})
+    assert longer.tolist() == [[1.0, 0.0, 1.0] * 2]

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from onnxport.exporter.scripting import script
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["branches", "scripted_parts", "without_raising_properties"]
+__all__ = ["branches", "scripted_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,35 +110,7 @@ def _script_below(module: nn.Module, undo: ExitStack) -> Iterator[int]:
 
 def _compiled(module: nn.Module) -> nn.Module | None:
     try:
-        return torch.jit.script(without_raising_properties(module))
+        return script(module)
     except Exception:
         logger.debug("%s does not compile", type(module).__name__, exc_info=True)
         return None
-
-
-def without_raising_properties(module: nn.Module) -> nn.Module:
-    """Hide properties that cannot be read, in place, on a copy that belongs to the export.
-
-    The script compiler reads every attribute, ``forward`` uses it or not, and a property that
-    raises (one that needs a trainer, say) would end it.
-    """
-    for submodule in module.modules():
-        hidden = {name: None for name in _properties(type(submodule)) if _raises(submodule, name)}
-        if hidden:
-            kind = type(submodule)
-            submodule.__class__ = type(kind.__name__, (kind,), hidden | {"__doc__": kind.__doc__})
-    return module
-
-
-def _properties(kind: type) -> list[str]:
-    return [name for name, value in inspect.getmembers_static(kind) if isinstance(value, property)]
-
-
-def _raises(module: nn.Module, name: str) -> bool:
-    try:
-        getattr(module, name)
-    except AttributeError:
-        return False  # the compiler takes it for missing
-    except Exception:  # noqa: BLE001 - a property is user code
-        return True
-    return False

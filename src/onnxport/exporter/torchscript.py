@@ -11,8 +11,9 @@ import onnx_ir as ir
 import torch
 
 from onnxport._torch_compat import MAX_TORCHSCRIPT_OPSET
-from onnxport.exporter.control_flow import scripted_parts, without_raising_properties
+from onnxport.exporter.control_flow import scripted_parts
 from onnxport.exporter.flat import FlatModule
+from onnxport.exporter.scripting import script
 
 if TYPE_CHECKING:
     from onnxport.exporter.base import ExportRequest
@@ -62,7 +63,7 @@ class ScriptCore:
 
     def export(self, request: ExportRequest) -> ir.Model:
         """Return the scripted graph."""
-        scripted = torch.jit.script(without_raising_properties(request.module.module))
+        scripted = script(request.module.module)
         flat = FlatModule(scripted, request.module.spec)
         return _export(replace(request, module=flat), _traced(flat, request.args))
 

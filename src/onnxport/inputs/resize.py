@@ -17,6 +17,10 @@ SCALE = 8.0
 """By how much scaled rows are larger: enough to cross a threshold that real rows stay below."""
 
 
+TIE_BREAK = 2**-6
+"""By which part of itself a repeat is smaller than what it repeats."""
+
+
 def take(tensor: torch.Tensor, axes: Sequence[int], index: torch.Tensor) -> torch.Tensor:
     """Index several axes of a tensor with the same index of shape ``(n,)``."""
     for axis in axes:
@@ -29,6 +33,9 @@ def resize(
 ) -> tuple[torch.Tensor, ...]:
     """Repeat or cut real rows until each named dimension has the wanted size.
 
+    Repeats are a little smaller than what they repeat: equal numbers would be ties, which a sort or
+    a top-k may order in any way.
+
     Args:
         tensors: One example, any shapes.
         axes: The dynamic axes of each tensor.
@@ -38,10 +45,24 @@ def resize(
     for tensor, dims in zip(tensors, axes, strict=True):
         for axis, name in dims.items():
             if name in sizes and tensor.shape[axis] not in {0, sizes[name]}:
-                index = torch.arange(sizes[name]) % tensor.shape[axis]
-                tensor = tensor.index_select(axis, index)  # noqa: PLW2901
+                tensor = _repeated(tensor, axis, sizes[name])  # noqa: PLW2901
         resized.append(tensor.contiguous())
     return tuple(resized)
+
+
+def _repeated(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    places = torch.arange(size)
+    repeated = tensor.index_select(axis, places % tensor.shape[axis])
+    if size <= tensor.shape[axis] or not _has_fractions(tensor):
+        return repeated
+    smaller = 1 / (1 + TIE_BREAK * (places // tensor.shape[axis]))
+    shape = [size if one == axis else 1 for one in range(tensor.ndim)]
+    return repeated * smaller.reshape(shape).to(tensor.dtype)
+
+
+def _has_fractions(tensor: torch.Tensor) -> bool:
+    """Tell measured numbers from masks, counts and indices that are kept as floats."""
+    return tensor.is_floating_point() and bool((tensor != tensor.round()).any())
 
 
 def current_sizes(tensors: Sequence[torch.Tensor], axes: Axes) -> dict[str, int]:
