@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import random
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +48,10 @@ Row = dict[str, Any]
 
 
 def seeded_module(case: Case) -> nn.Module:
+    # Layers of other packages draw from all three when they are made.
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is what they draw from
     return case.build().eval()
 
 

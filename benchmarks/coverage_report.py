@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import subprocess
 from collections import defaultdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 __all__ = ["write_results"]
 
+ROOT = f"{Path(__file__).resolve().parent.parent}/"
 RAW = ("raw_dynamo", "raw_torchscript")
 MODES = (*RAW, "onnxport")
 OUTCOMES = ("right", "static", "wrong", "failed", "timeout", "crashed")
@@ -33,7 +36,7 @@ def write_results(folder: Path, rows: list[Row], spent_s: float, *, merge: bool)
     kept: dict[tuple[str, str], Row] = {}
     if merge and path.exists():
         kept = {(r["case"], r["mode"]): r for r in json.loads(path.read_text())["rows"]}
-    kept |= {(r["case"], r["mode"]): r for r in rows}
+    kept |= {(r["case"], r["mode"]): _plain(r) for r in rows}
     table: Table = defaultdict(dict)
     for (case, mode), row in sorted(kept.items()):
         table[case][mode] = row
@@ -42,6 +45,7 @@ def write_results(folder: Path, rows: list[Row], spent_s: float, *, merge: bool)
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
         "last_run_s": round(spent_s),
     }
     figures = summarise(table)
@@ -51,6 +55,29 @@ def write_results(folder: Path, rows: list[Row], spent_s: float, *, merge: bool)
     text = "\n".join(_markdown(about, figures, table)) + "\n"
     (folder / "coverage.md").write_text(text)
     print("\n".join(_figures(figures)))
+
+
+def _plain(value: Any) -> Any:
+    """Name files as in the repository and in the packages, not as on this machine."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?:/[^\s/'\"]+)*/site-packages/", "", value.replace(ROOT, ""))
+    return value
+
+
+def _commit() -> str:
+    """Return which source was measured, with a mark if it has changes of its own."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
 
 
 def _version(name: str) -> str | None:
@@ -166,7 +193,7 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 def _markdown(about: dict[str, Any], figures: dict[str, Any], table: Table) -> Iterable[str]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield "# Coverage: which models come out, and are right\n"
-    yield f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}.\n"
+    yield f"{about['date']}; {about['machine']}; Python {about['python']}; {versions} at {about['commit']}.\n"
     yield (
         "Raw exports get their axes by hand, onnxport gets no argument. Each model is compared "
         "with eager PyTorch in ONNX Runtime (CPU) at sizes and values that no export has seen. "

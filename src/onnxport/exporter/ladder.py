@@ -21,7 +21,7 @@ from onnxport.exporter.torchscript import ScriptCore, TraceCore
 from onnxport.report import Attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import onnx_ir as ir
 
@@ -77,12 +77,14 @@ class Climb:
         attempts: All attempts, in order.
         failures: What each failed attempt raised and printed, in order.
         checks: The checks of the last model proven.
+        hopeless: Cores that would fail alike with other sizes.
     """
 
     winner: Rung | None = None
     attempts: list[Attempt] = field(default_factory=list)
     failures: list[FailedAttempt] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
+    hopeless: set[Core] = field(default_factory=set)
 
 
 def rungs(core: str, first: Rung | None = None) -> tuple[Rung, ...]:
@@ -111,6 +113,7 @@ def climb(
     ladder: Sequence[Rung],
     request: ExportRequest,
     prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
+    skip: Collection[Core] = (),
 ) -> Climb:
     """Export in one way after the other until a model passes the proof.
 
@@ -121,6 +124,7 @@ def climb(
         ladder: The rungs, in order.
         request: What to export.
         prove: Writes and proves a model; raises :class:`VerificationError` when it is wrong.
+        skip: Cores that are known to fail.
 
     Returns:
         The winner or ``None``, the attempts and why each failed.
@@ -131,7 +135,7 @@ def climb(
     climbed = Climb()
     patches: frozenset[str] = frozenset()
     for rung in ladder:
-        if not _worth_trying(rung.core, request, climbed):
+        if rung.core in skip or not _worth_trying(rung.core, request, climbed):
             continue
         while True:
             tried = Rung(rung.core, rung.patches | patches)
@@ -172,6 +176,8 @@ def _attempt(
         raise  # the disk or the installation, not the core
     except Exception as error:
         reason, failure = explain(error, request=request), error
+        if not _says(f"{error} {reason}".lower(), _ABOUT_SIZES):
+            climbed.hopeless.add(rung.core)
         logger.debug("%s failed", rung.key, exc_info=True)
     climbed.attempts.append(
         Attempt(

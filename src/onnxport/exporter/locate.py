@@ -80,14 +80,18 @@ def user_line(chain: Sequence[BaseException], text: str) -> str | None:
 
 
 def _frames_of(error: BaseException) -> list[Frame]:
-    """Return the traceback, outermost first, without what called onnxport.
+    """Return the traceback, outermost first, without what called onnxport."""
+    stack = traceback.extract_tb(error.__traceback__)
+    return _below_onnxport([(frame.filename, frame.lineno or 0, frame.name) for frame in stack])
+
+
+def _below_onnxport(frames: list[Frame]) -> list[Frame]:
+    """Leave out what called onnxport, given the outermost frame first.
 
     A script that called ``export`` is the user's too, and not what could not be exported.
     """
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = [(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
-    own = next((i for i, frame in enumerate(frames) if frame[0].startswith(_OWN)), None)
-    return frames if own is None else frames[own:]
+    own = next((i for i, frame in enumerate(frames) if frame[0].startswith(_OWN)), 0)
+    return frames[own:]
 
 
 def went_through(chain: Sequence[BaseException]) -> str:
@@ -107,7 +111,7 @@ def _node_frames(chain: Iterable[BaseException]) -> Iterator[Frame]:
             node = frame.f_locals.get("node")
             if isinstance(node, torch.fx.Node) and node.stack_trace:
                 found = [(m[1], int(m[2]), m[3]) for m in _PYTHON_FRAME.finditer(node.stack_trace)]
-                yield from reversed(found)
+                yield from reversed(_below_onnxport(found))
             elif isinstance(node, torch._C.Node):  # noqa: SLF001 - has no public name
                 source = str(node.sourceRange())
                 yield from ((m[1], int(m[2]), m[3]) for m in _JIT_FRAME.finditer(source))
@@ -143,8 +147,8 @@ def _is_modelling_code(filename: str) -> bool:
 
 
 def _current_line() -> str | None:
-    frames = reversed(traceback.extract_stack())
-    return _first_of_user((f.filename, f.lineno or 0, f.name) for f in frames)
+    stack = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_stack()]
+    return _first_of_user(reversed(_below_onnxport(stack)))
 
 
 # --- by running once more -----------------------------------------------------------------------

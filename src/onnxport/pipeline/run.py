@@ -34,10 +34,11 @@ from onnxport.report import ExportReport
 from onnxport.validation.session import runtime_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import onnx_ir as ir
 
+    from onnxport.exporter.base import Core
     from onnxport.exporter.ladder import Climb, Rung
     from onnxport.pipeline.job import ExportJob
     from onnxport.report import Attempt, Check
@@ -90,6 +91,7 @@ class Pipeline:
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
         attempts: list[Attempt] = []
         failures: list[FailedAttempt] = []
+        hopeless: set[Core] = set()
         for plan in _plans(job, attempts, seconds):
             with _timed(seconds, "reference"):
                 proof = Proof(plan, job.options.verify)
@@ -101,7 +103,8 @@ class Pipeline:
                 warnings=(*plan.warnings, *proof.warnings),
             )
             with staging(job.path) as staged:
-                climbed, opset = self._climb(job, plan, proof, staged, seconds)
+                climbed, opset = self._climb(job, plan, proof, staged, seconds, hopeless)
+                hopeless |= climbed.hopeless
                 attempts += climbed.attempts
                 failures += climbed.failures
                 draft = replace(draft, attempts=tuple(attempts), checks=climbed.checks)
@@ -124,7 +127,13 @@ class Pipeline:
         return f" To repeat it: {folder}/reproduce.py" if folder is not None else ""
 
     def _climb(
-        self, job: ExportJob, plan: Plan, proof: Proof, staged: Path, seconds: dict[str, float]
+        self,
+        job: ExportJob,
+        plan: Plan,
+        proof: Proof,
+        staged: Path,
+        seconds: dict[str, float],
+        skip: Collection[Core],
     ) -> tuple[Climb, int | None]:
         """Try the rungs on one plan; the proven model lies at ``staged`` when one won."""
         opset: int | None = None
@@ -147,7 +156,7 @@ class Pipeline:
         first = self._winners.get(key) or self._memory.recall(key, core)
         before = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
         with _timed(seconds, "export"):
-            climbed = climb(rungs(core, first), plan.request(job.options.opset), prove)
+            climbed = climb(rungs(core, first), plan.request(job.options.opset), prove, skip)
         seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - before
         if climbed.winner is not None and climbed.winner != self._winners.get(key):
             self._winners[key] = climbed.winner
