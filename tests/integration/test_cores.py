@@ -44,6 +44,19 @@ def test_every_core_exports_plain_models(
     assert "Dropout" not in {node.op_type for node in onnx.load(report.path).graph.node}
 
 
+@pytest.mark.parametrize("core", ["dynamo", "trace", "script"])
+def test_graphs_are_clean(core: str, tmp_path: Path) -> None:
+    report = export(zoo.cnn().train(), IMAGE, tmp_path / "model.onnx", core=core)
+    graph = onnx.load(report.path).graph
+    flags = {a.i for node in graph.node for a in node.attribute if a.name == "training_mode"}
+    assert flags <= {0}
+    known = {value.name for value in (*graph.value_info, *graph.output)}
+    assert {name for node in graph.node for name in node.output} <= known
+    weights = set(zoo.cnn().state_dict())
+    names = {value.name for value in graph.initializer}
+    assert {name for name in names if "." in name} <= weights
+
+
 @pytest.mark.parametrize("make", [zoo.BatchSizeBranch, zoo.DataBranch])
 @pytest.mark.parametrize("core", ["dynamo", "trace"])
 def test_a_branch_that_was_baked_in_is_never_published(

@@ -33,6 +33,16 @@ def mlp(seed: int) -> nn.Module:
     )
 
 
+class Thresholded(nn.Module):
+    """One element of each row is 0 or 1, by the last digits of a sum."""
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = x.clone()
+        rest[:, 0] = ((x[:, 0] + 4096.0) - 4096.0 - x[:, 0] > 0).to(x.dtype)
+        return rest * 1.1
+
+
 def references(
     module: nn.Module, tolerance: Tolerance | None = None, seed: int = 0
 ) -> list[Reference]:
@@ -253,3 +263,25 @@ def test_a_tie_in_one_element_excuses_no_other_element() -> None:
 
 def test_no_runs_need_no_references() -> None:
     assert make_references([], [], Tolerance()) == []
+
+
+# --- decisions ---------------------------------------------------------------------------------
+
+
+def test_a_decision_that_float64_takes_otherwise_does_not_widen_the_budget() -> None:
+    for reference in references(Thresholded()):
+        budget = torch.as_tensor(reference.budget)
+        assert float(budget.max()) < 1e-4
+
+
+def test_either_decision_is_right_and_a_third_result_is_wrong() -> None:
+    (*_, reference) = references(Thresholded())
+    otherwise = (reference.expected.double() - reference.exact).abs() > 0.5
+    assert otherwise.any()
+    assert not otherwise.all()
+    assert compare("y", reference.expected, reference).ok
+    assert compare("y", reference.exact.float(), reference).ok
+    third = torch.where(otherwise, 0.5, reference.expected)
+    assert not compare("y", third, reference).ok
+    flipped = torch.where(otherwise, reference.expected, reference.expected + 1.1)
+    assert not compare("y", flipped, reference).ok

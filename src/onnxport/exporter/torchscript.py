@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxport._torch_compat import MAX_TORCHSCRIPT_OPSET
 from onnxport.exporter.control_flow import scripted_parts
@@ -91,7 +92,9 @@ def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:
             verbose=False,
         )
         # External data (past 2 GB) lie in the temporary folder: bring them into memory.
-        return _in_memory(ir.load(path))
+        model = _in_memory(ir.load(path))
+    # This core writes the shapes of inputs and outputs only.
+    return ShapeInferencePass()(model).model
 
 
 def _in_memory(model: ir.Model) -> ir.Model:

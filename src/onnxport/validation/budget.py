@@ -7,6 +7,9 @@ narrow one, and a wrong weight fits in neither.
 
 The budget is per element, relative to the element itself or, for small ones, to the typical size of
 the output. The largest value would not do: one masked logit of -1e9 would allow anything.
+
+A decision (a threshold, a top-k, a rounded value) that float32 takes otherwise than float64 is no
+rounding: such an element does not widen the budget, and either result is right for it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ __all__ = ["Reference", "make_references"]
 FLOOR_EPS = 32
 """The least relative budget, in units of the dtype's epsilon: PyTorch's own error may be smaller
 than usual by luck when there are few elements."""
+
+DECISION = 1e-3
+"""A relative error below this is never taken for another decision."""
+DECISION_RATIO = 1e4
+"""Nor is one below this many times the median error."""
 
 TABLE_EPS = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative budgets where the module does not run in float64."""
@@ -79,14 +87,23 @@ def make_references(
 def _pooled_noise(
     runs: Sequence[Sequence[torch.Tensor]], doubles: Sequence[Sequence[torch.Tensor] | None]
 ) -> list[float]:
-    """For each output, the largest relative error of PyTorch in any run."""
+    """For each output, the largest relative error of PyTorch in any run; decisions left out."""
     noise = [0.0] * max((len(run) for run in runs), default=0)
     for run, double in zip(runs, doubles, strict=True):
         for place, (out, exact) in enumerate(zip(run, double or (), strict=False)):
             if out.shape == exact.shape and out.numel():
                 error = (_finite(out) - _finite(exact)).abs() / _magnitude(exact)
-                noise[place] = max(noise[place], float(error.nan_to_num(nan=0.0).max()))
+                noise[place] = max(noise[place], _largest_rounding(error.nan_to_num(nan=0.0)))
     return noise
+
+
+def _largest_rounding(error: torch.Tensor) -> float:
+    present = error[error > 0]
+    if not present.numel():
+        return 0.0
+    limit = max(DECISION, DECISION_RATIO * float(present.median()))
+    rounding = present[present <= limit]
+    return float(rounding.max()) if rounding.numel() else float(present.max())
 
 
 def _reference(

@@ -34,6 +34,7 @@ def compare(name: str, actual: torch.Tensor, reference: Reference) -> OutputErro
         )
     distance = _distance(actual, reference.exact, reference.expected)
     budget_of = torch.as_tensor(reference.budget, dtype=torch.float64).expand_as(distance)
+    distance = _to_either(distance, budget_of, actual, reference)
     error, budget = _worst(distance, budget_of)
     within = bool((distance <= budget_of).all())
     return OutputError(
@@ -83,6 +84,15 @@ def _distance(actual: torch.Tensor, exact: torch.Tensor, expected: torch.Tensor)
     # Where only float64 has no number, PyTorch's own result counts.
     target = torch.where(exact.isfinite(), exact.to(wide), expected.to(wide))
     return torch.where(expected.isfinite(), (actual.to(wide) - target).abs(), 0.0)
+
+
+def _to_either(
+    distance: torch.Tensor, budget: torch.Tensor, actual: torch.Tensor, reference: Reference
+) -> torch.Tensor:
+    """Where PyTorch itself is past the budget float64 has decided otherwise: either is right."""
+    own = _distance(reference.expected, reference.exact, reference.expected)
+    to_own = _distance(actual, reference.expected, reference.expected)
+    return torch.where(own > budget, torch.minimum(distance, to_own), distance)
 
 
 def _name(dtype: torch.dtype) -> str:
