@@ -146,7 +146,8 @@ def read_examples(value: Any) -> tuple[Example, ...]:
     values = value if isinstance(value, list) else [value]
     read = [Example.of(item) for item in values]
     return tuple(
-        Example(*map_tensors((example.args, dict(example.kwargs)), _on_cpu)) for example in read
+        Example(*map_tensors((example.args, dict(example.kwargs)), _on_cpu, fresh=True))
+        for example in read
     )
 
 

@@ -75,14 +75,14 @@ class Constant:
 class Node:
     """A container: its type, the keys of its children, and the children.
 
-    ``template`` is the object itself where it is no container that can be made from its children
-    alone; it is copied, and the copy gets the children.
+    ``template`` is the object itself where it cannot be made from its children alone; it is copied,
+    and the copy gets the children.
     """
 
     kind: type
     keys: tuple[Any, ...]
     children: tuple[Spec, ...]
-    template: Any = None
+    template: Any = dataclasses.field(default=None, compare=False)
 
 
 _OPAQUE = (
@@ -114,19 +114,31 @@ def flatten(tree: Any) -> tuple[Spec, list[tuple[Path, torch.Tensor]]]:
         The structure, and each tensor with the path of keys that leads to it, in tree order.
     """
     found: list[tuple[Path, torch.Tensor]] = []
-    return _walk(tree, (), found), found
+    return _walk(tree, (), found, ()), found
 
 
-def _walk(tree: Any, path: Path, found: list[tuple[Path, torch.Tensor]]) -> Spec:
+def _walk(
+    tree: Any, path: Path, found: list[tuple[Path, torch.Tensor]], inside: tuple[int, ...]
+) -> Spec:
     if isinstance(tree, torch.Tensor):
         found.append((path, tree))
         return Leaf()
-    items = _items(tree)
+    items = None if id(tree) in inside else _items(tree)  # an object may lead back to itself
     if items is None:
         return Constant(tree)
     keys = tuple(key for key, _ in items)
-    children = tuple(_walk(child, (*path, key), found) for key, child in items)
-    return Node(type(tree), keys, children, tree if _is_object(tree) else None)
+    around = (*inside, id(tree))
+    children = tuple(_walk(child, (*path, key), found, around) for key, child in items)
+    return Node(type(tree), keys, children, tree if _needs_template(tree) else None)
+
+
+def _needs_template(tree: Any) -> bool:
+    """Tell whether a container holds more than its children say."""
+    if isinstance(tree, Mapping):
+        return False
+    if isinstance(tree, (tuple, list)):
+        return bool(getattr(tree, "__dict__", None))
+    return dataclasses.is_dataclass(tree) or _is_object(tree)
 
 
 def _items(tree: Any) -> list[tuple[Any, Any]] | None:
@@ -157,32 +169,71 @@ def _holds_tensor(value: Any, depth: int = MAX_DEPTH) -> bool:
         return True
     if depth == 0 or isinstance(value, _OPAQUE):
         return False
+    return any(_holds_tensor(child, depth - 1) for child in _parts(value))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what a container or an object holds."""
     if isinstance(value, Mapping):
-        children: Iterable[Any] = value.values()
-    elif isinstance(value, (tuple, list)):
-        children = value
-    else:
-        children = getattr(value, "__dict__", {}).values()
-    return any(_holds_tensor(child, depth - 1) for child in children)
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    attributes: Iterable[Any] = getattr(value, "__dict__", {}).values()
+    return attributes
 
 
-def rebuild(spec: Spec, tensors: Iterable[Any]) -> Any:
-    """Put tensors back into a structure; the inverse of :func:`flatten`."""
-    return _rebuild(spec, iter(tensors))
+def rebuild(spec: Spec, tensors: Iterable[Any], *, fresh: bool = False) -> Any:
+    """Put tensors back into a structure; the inverse of :func:`flatten`.
+
+    Args:
+        spec: The structure.
+        tensors: The tensors, in tree order.
+        fresh: Make small objects without tensors anew: a call may fill an empty cache, and the next
+            one must not see it.
+    """
+    return _rebuild(spec, iter(tensors), fresh)
 
 
-def _rebuild(spec: Spec, tensors: Iterator[Any]) -> Any:
+def _rebuild(spec: Spec, tensors: Iterator[Any], fresh: bool) -> Any:
     if isinstance(spec, Leaf):
         return next(tensors)
     if isinstance(spec, Constant):
-        return spec.value
-    children = [_rebuild(child, tensors) for child in spec.children]
+        return _anew(spec.value) if fresh else spec.value
+    children = [_rebuild(child, tensors, fresh) for child in spec.children]
+    if spec.template is not None and issubclass(spec.kind, (tuple, list)):
+        rebuilt = _container(spec.kind, spec.keys, children)
+        vars(rebuilt).update(vars(spec.template))
+        return rebuilt
     if spec.template is not None:
         rebuilt = copy.copy(spec.template)
         for key, child in zip(spec.keys, children, strict=True):
             object.__setattr__(rebuilt, key, child)
         return rebuilt
     return _container(spec.kind, spec.keys, children)
+
+
+MAX_PARTS = 200
+"""Parts of an object that is made anew for each call."""
+
+
+def _anew(value: Any) -> Any:
+    """Copy an object, unless it is large or has parts that are no plain values."""
+    if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__"):
+        return value
+    queue, seen = [value], 0
+    while queue:
+        part = queue.pop()
+        seen += 1
+        if seen > MAX_PARTS:
+            return value
+        if isinstance(part, _OPAQUE):
+            continue
+        if not isinstance(part, (Mapping, tuple, list)) and not hasattr(part, "__dict__"):
+            return value  # a lock, a handle, something of C
+        queue += _parts(part)
+    return copy.deepcopy(value)
 
 
 def _container(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
@@ -203,10 +254,16 @@ def _container(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
     return rebuilt
 
 
-def map_tensors(tree: Any, function: Any) -> Any:
-    """Apply ``function`` to each tensor of a tree and keep the structure."""
+def map_tensors(tree: Any, function: Any, *, fresh: bool = False) -> Any:
+    """Apply ``function`` to each tensor of a tree and keep the structure.
+
+    Args:
+        tree: Any tree.
+        function: Tensor in, tensor out.
+        fresh: See :func:`rebuild`.
+    """
     spec, found = flatten(tree)
-    return rebuild(spec, [function(tensor) for _, tensor in found])
+    return rebuild(spec, [function(tensor) for _, tensor in found], fresh=fresh)
 
 
 def constants(spec: Spec, path: Path = ()) -> dict[Path, Any]:

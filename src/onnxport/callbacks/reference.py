@@ -62,9 +62,11 @@ class Reference:
         )
         example = examples[0]
         call = map_tensors(
-            (example.args, dict(example.kwargs)), lambda tensor: tensor.to(device, copy=True)
+            (example.args, dict(example.kwargs)),
+            lambda tensor: tensor.to(device, copy=True),
+            fresh=True,
         )
-        other = map_tensors(call, _other_values)
+        other = map_tensors(call, _other_values, fresh=True)
         outputs = _flat(run_borrowed(self._module, state, *call, target=target))
         reference = LiveReference(
             example=example,
@@ -104,7 +106,7 @@ class Reference:
 
 
 def _clone(tree: Any) -> Any:
-    return map_tensors(tree, torch.clone)
+    return map_tensors(tree, torch.clone, fresh=True)
 
 
 def _flat(tree: Any) -> tuple[torch.Tensor, ...]:

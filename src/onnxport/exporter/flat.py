@@ -77,7 +77,7 @@ class FlatModule(nn.Module):
 
         A result that is a number and no tensor (a size, say) becomes a scalar.
         """
-        args, kwargs = rebuild(self.spec, tensors)
+        args, kwargs = rebuild(self.spec, tensors, fresh=True)
         result: Any = self.module(*args, **kwargs)
         if isinstance(result, (int, float, torch.SymInt, torch.SymFloat)):
             result = _scalar(result)

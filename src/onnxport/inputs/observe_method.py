@@ -88,7 +88,9 @@ class MethodObserver:
 
         @functools.wraps(original)
         def recording(*args: Any, **kwargs: Any) -> Any:
-            kept, kept_by_name = map_tensors((args, kwargs), lambda tensor: tensor.clone())
+            kept, kept_by_name = map_tensors(
+                (args, kwargs), lambda tensor: tensor.clone(), fresh=True
+            )
             original(*args, **kwargs)  # what it refuses is no call of it
             self._recorder.record(kept, kept_by_name, set())
             raise _Seen

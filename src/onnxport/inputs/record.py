@@ -65,7 +65,9 @@ class Recorder:
         rows = self._rows(key, [tensor for _, tensor in found])
         # Tensors made under inference mode cannot be exported; a clone made outside of it can.
         with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = map_tensors((args, kwargs), lambda tensor: _copy(tensor, rows))
+            args, kwargs = map_tensors(
+                (args, kwargs), lambda tensor: _copy(tensor, rows), fresh=True
+            )
         self._seen[key] = self._seen.get(key, 0) + 1
         self.examples.append(Example(args, kwargs))
 
@@ -130,7 +132,7 @@ def small_copy(tree: Any) -> Any:
     """Copy the tensors of a batch to the CPU, of a large one only its first rows."""
     rows = _rows_to_keep([tensor for _, tensor in flatten(tree)[1]])
     with torch.inference_mode(False), torch.no_grad():
-        return map_tensors(tree, lambda tensor: _copy(tensor, rows))
+        return map_tensors(tree, lambda tensor: _copy(tensor, rows), fresh=True)
 
 
 def address(tensor: torch.Tensor) -> int:
