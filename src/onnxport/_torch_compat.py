@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch._decomp import decomposition_table
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     import ast
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 __all__ = [
     "DEFAULT_OPSET",
@@ -26,11 +29,13 @@ __all__ = [
     "CapturedOutput",
     "captured_output",
     "compiled_graphs",
+    "decomposed",
     "export_context",
     "fake_tensors",
     "forget_half_compiled_types",
     "is_compiled_forward",
     "rewritten_sources",
+    "without_modes",
 ]
 
 DEFAULT_OPSET = 20
@@ -150,6 +155,26 @@ def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _silent(logging.getLogger(fake_tensor.__name__)):
         yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Compute real values in the middle of an export."""
+    modes: AbstractContextManager[Any] = _disable_current_modes()
+    return modes
+
+
+@contextmanager
+def decomposed(operator: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let torch.onnx take a function for an operator that has no decomposition."""
+    table: Any = decomposition_table
+    if operator in table:
+        yield
+        return
+    table[operator] = function
+    try:
+        yield
+    finally:
+        del table[operator]
 
 
 def is_compiled_forward(forward: object) -> bool:

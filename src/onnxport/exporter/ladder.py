@@ -14,6 +14,7 @@ from onnxport.exporter.control_flow import branches
 from onnxport.exporter.dynamo import DynamoCore
 from onnxport.exporter.explain import explain, explain_mismatch
 from onnxport.exporter.isolation import isolated
+from onnxport.exporter.locate import traced_lines
 from onnxport.exporter.module_state import preserved_rng
 from onnxport.exporter.patches import PATCHES, applied, patches_for, text_of
 from onnxport.exporter.reproduce import FailedAttempt
@@ -78,6 +79,7 @@ class Climb:
         failures: What each failed attempt raised and printed, in order.
         checks: The checks of the last model proven.
         hopeless: Cores that would fail alike with other sizes.
+        warnings: What the proof may not have seen of the model that won.
     """
 
     winner: Rung | None = None
@@ -85,6 +87,7 @@ class Climb:
     failures: list[FailedAttempt] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
     hopeless: set[Core] = field(default_factory=set)
+    warnings: tuple[str, ...] = ()
 
 
 def rungs(core: str, first: Rung | None = None) -> tuple[Rung, ...]:
@@ -169,6 +172,7 @@ def _attempt(
         ):
             model = rung.core.export(request)
         climbed.checks = prove(rung, model)
+        climbed.warnings = _frozen(traced_lines(output.text))
     except VerificationError as error:
         reason = explain_mismatch(error, rung.core.name, output.text)
         climbed.checks, failure = error.checks, error
@@ -199,6 +203,18 @@ def _attempt(
             )
         )
     return failure
+
+
+def _frozen(lines: Sequence[str]) -> tuple[str, ...]:
+    """Say what a trace kept; whether other data would go another way only its author knows."""
+    if not lines:
+        return ()
+    count = f"{len(lines)} lines" if len(lines) > 1 else "one line"
+    text = (
+        f"Traced: what {count} decided or computed in Python is kept as it was; no rows or sizes "
+        f"of the proof decided otherwise. First: {lines[0]}."
+    )
+    return (text,)
 
 
 def _worth_trying(core: Core, request: ExportRequest, climbed: Climb) -> bool:

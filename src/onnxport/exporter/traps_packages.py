@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sys
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from torch.nn.utils import rnn
+
+from onnxport.exporter.traps_torch import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-__all__ = ["batched_experts", "eager_masks", "settings"]
+__all__ = [
+    "absent_masks",
+    "batched_experts",
+    "eager_masks",
+    "handles_empty_rows",
+    "rows_without_steps",
+    "settings",
+]
 
 ATTENTION, EXPERTS = "_attn_implementation", "_experts_implementation"
 
@@ -34,6 +46,65 @@ def batched_experts(module: nn.Module) -> Iterator[None]:
     hit.
     """
     with _chosen(module, EXPERTS, "batched_mm"):
+        yield
+
+
+@contextmanager
+def absent_masks(_: nn.Module) -> Iterator[None]:
+    """Transformers leaves out a mask that masks nothing, as it does outside of an export."""
+    masks = sys.modules.get("transformers.masking_utils")
+    name = "_ignore_bidirectional_mask_sdpa"
+    ignore = getattr(masks, name, None)
+    if ignore is None:
+        yield
+        return
+
+    def masks_nothing(
+        padding: Any, length: Any, window: Any = None, *rest: Any, **more: Any
+    ) -> Any:
+        if padding is None and window is None:
+            return True
+        return ignore(padding, length, window, *rest, **more)
+
+    with replaced(masks, name, masks_nothing):
+        yield
+
+
+def handles_empty_rows(module: nn.Module) -> bool:
+    """Tell whether a module has pytorch-forecasting's recurrent layers."""
+    return any(hasattr(type(submodule), "handle_no_encoding") for submodule in module.modules())
+
+
+@contextmanager
+def rows_without_steps(module: nn.Module) -> Iterator[None]:
+    """pytorch-forecasting's recurrent layers handle rows of length 0, if there are any or not.
+
+    In a trace, the question whether there are any would keep the example's answer.
+    """
+
+    def forward(
+        self: Any, x: Any, hx: Any = None, lengths: Any = None, enforce_sorted: bool = True
+    ) -> Any:
+        # That of nn.LSTM or nn.GRU, past the package's own.
+        recurrent = super(type(self).__mro__[1], self).forward  # type: ignore[arg-type]
+        if isinstance(x, rnn.PackedSequence) or lengths is None:
+            return recurrent(x, hx=hx)
+        packed = rnn.pack_padded_sequence(
+            x,
+            lengths.clamp(min=1).cpu(),
+            enforce_sorted=enforce_sorted,
+            batch_first=self.batch_first,
+        )
+        output, state = recurrent(packed, hx=hx)
+        start = self.init_hidden_state(x) if hx is None else hx
+        state = self.handle_no_encoding(state, (lengths == 0)[None, :, None], start)
+        return rnn.pad_packed_sequence(output, batch_first=self.batch_first)[0], state
+
+    kinds = {type(one) for one in module.modules() if hasattr(type(one), "handle_no_encoding")}
+    owners = {next(kind for kind in one.__mro__ if "forward" in vars(kind)) for one in kinds}
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(replaced(owner, "forward", forward))
         yield
 
 

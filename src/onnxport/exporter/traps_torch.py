@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
+
+from onnxport._torch_compat import decomposed, without_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "baked_parametrizations",
     "given_causality",
+    "has_scalars",
+    "known_scalars",
     "math_attention",
     "plain_adaptive_pooling",
     "plain_cells",
+    "plain_distances",
     "plain_take_along_dim",
     "replaced",
-    "rounded_sizes",
     "unchecked_distributions",
 ]
 
@@ -69,6 +75,77 @@ def unchecked_distributions(_: nn.Module) -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+# --- scalars ----------------------------------------------------------------------------------
+
+_ASKED = {
+    getattr(torch.Tensor, name)
+    for name in ("__bool__", "__int__", "__float__", "__index__", "item")
+}
+
+
+@contextmanager
+def known_scalars(module: nn.Module) -> Iterator[None]:
+    """Python may ask for the value of a scalar buffer (``if self.initialised``): it is a weight."""
+    with _Known(module):
+        yield
+
+
+def has_scalars(module: nn.Module) -> bool:
+    """Tell whether a module has scalar buffers that Python may ask for."""
+    return any(
+        buffer.ndim == 0 and not name.endswith("num_batches_tracked")
+        for name, buffer in module.named_buffers()
+    )
+
+
+class _Known(TorchFunctionMode):
+    """Answers for scalar buffers, and for scalars that are computed from nothing else."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+        self._values = {
+            name: buffer.detach().clone()
+            for name, buffer in module.named_buffers()
+            if buffer.ndim == 0
+        }
+        self._made: dict[int, tuple[torch.Tensor, Any, Any, Any]] = {}
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ASKED and not torch._C._is_tracing():  # noqa: SLF001 - torch.jit.is_tracing
+            with without_modes():
+                value = self._value(args[0])
+                if value is not None:
+                    return func(value)
+        result = func(*args, **kwargs)
+        if not isinstance(result, torch.Tensor) or result.ndim > 0:
+            return result
+        if any(result is part for part in args):  # written in place, and maybe through an alias
+            self._values.clear()
+            self._made.clear()
+        else:  # the result itself is kept, too, so that its id stays its own
+            self._made[id(result)] = (result, func, args, kwargs)
+        return result
+
+    def _value(self, part: Any) -> Any:
+        """Return the value of a tensor, ``None`` where it is unknown; all else as it is."""
+        if not isinstance(part, torch.Tensor):
+            return part
+        for name, buffer in self._module.named_buffers():
+            if buffer is part:
+                return self._values.get(name)
+        if id(part) not in self._made:
+            return None
+        _, func, args, kwargs = self._made[id(part)]
+        values = [self._value(value) for value in args]
+        unknown = any(value is None for value in values)
+        if unknown or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+            return None
+        return func(*values, **kwargs)
 
 
 # --- parametrizations -------------------------------------------------------------------------
@@ -208,7 +285,7 @@ def _pooling(axes: int) -> Callable[[torch.Tensor, Any], torch.Tensor]:
                 result = result.mean(axis, keepdim=True)
                 continue
             means = _window_means(size, result.shape[axis], result)
-            result = (result.movedim(axis, -1) @ means).movedim(-1, axis)
+            result = result @ means if axis == -1 else means.transpose(0, 1) @ result
         return result
 
     return pool
@@ -224,8 +301,41 @@ def _window_means(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
     places = torch.arange(size, device=like.device)[:, None]
     first = (windows * size) // count
     last = ((windows + 1) * size + count - 1) // count
-    inside = ((places >= first) & (places < last)).to(like.dtype)
+    inside = torch.where((places >= first) & (places < last), 1.0, 0.0).to(like.dtype)
     return inside / inside.sum(0, keepdim=True)
+
+
+EUCLIDEAN = 2
+FEW_ROWS = 25
+"""Up to so many rows ``torch.cdist`` subtracts them; it multiplies matrices beyond."""
+
+
+@contextmanager
+def plain_distances(_: nn.Module) -> Iterator[None]:
+    """``cdist`` is subtractions or matrix products: the exporters have no translation of it."""
+    operator = torch.ops.aten._cdist_forward.default  # noqa: SLF001 - the operator's name
+    with replaced(torch, "cdist", _cdist), decomposed(operator, _cdist):
+        yield
+
+
+def _cdist(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    p: float = 2.0,
+    compute_mode: Any = None,  # noqa: ARG001 - as torch.cdist
+) -> torch.Tensor:
+    rows = [x.shape[-2] for x in (x1, x2)]
+    if p == EUCLIDEAN and any(type(count) is int and count > FEW_ROWS for count in rows):
+        squares = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1).unsqueeze(-2)
+        return (squares - 2 * x1 @ x2.transpose(-1, -2)).clamp(min=0).sqrt()
+    apart = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).abs()
+    if p == 0:
+        return (apart != 0).to(apart.dtype).sum(-1)
+    if p == 1:
+        return apart.sum(-1)
+    if p == EUCLIDEAN:
+        return apart.square().sum(-1).sqrt()
+    return apart.amax(-1) if p == math.inf else apart.pow(p).sum(-1).pow(1 / p)
 
 
 @contextmanager
@@ -255,17 +365,3 @@ def _take_along_dim(
         else:
             given[axis] = indices.shape[axis]
     return input.expand(given).gather(dim, indices.expand(wanted))
-
-
-@contextmanager
-def rounded_sizes(_: nn.Module) -> Iterator[None]:
-    """``round`` takes a size as the tracer sees it: a tensor."""
-
-    def rounded(self: torch.Tensor, digits: int | None = None) -> torch.Tensor:
-        return self.round().long() if digits is None else self.round(decimals=digits)
-
-    torch.Tensor.__round__ = rounded  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del torch.Tensor.__round__  # type: ignore[attr-defined]

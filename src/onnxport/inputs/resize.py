@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from onnxport.signature import Axes
 
-__all__ = ["current_sizes", "negate", "resize", "scale", "shuffle", "take"]
+__all__ = ["current_sizes", "lower", "negate", "resize", "scale", "shuffle", "take"]
 
 SCALE = 8.0
 """By how much scaled rows are larger: enough to cross a threshold that real rows stay below."""
@@ -82,6 +82,25 @@ def negate(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def scale(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Make all floating-point values larger; others stay."""
     return tuple(tensor * SCALE if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def lower(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Make the whole numbers of the first row 0 or 1: a short row beside a long one.
+
+    The first entries of a table, the shortest lengths; all rows at once would be no real data.
+    """
+    return tuple(_first_lowered(tensor) if _counts(tensor) else tensor for tensor in tensors)
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
+    return tensor.ndim > 0 and not other
+
+
+def _first_lowered(tensor: torch.Tensor) -> torch.Tensor:
+    lowered = tensor.clone()
+    lowered[:1] = tensor[:1].clamp(max=1)
+    return lowered
 
 
 def shuffle(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -114,7 +114,10 @@ class Pipeline:
                     publish(staged, job.path)
                     shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
             core = climbed.winner.core.name
-            return replace(draft, ok=True, path=str(job.path), core=core, opset=opset)
+            warnings = (*draft.warnings, *climbed.warnings)
+            return replace(
+                draft, ok=True, path=str(job.path), core=core, opset=opset, warnings=warnings
+            )
         return replace(draft, error=_no_core(draft) + self._reproduce(job, plan, failures))
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
