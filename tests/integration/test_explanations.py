@@ -286,6 +286,16 @@ class Attention(Net):
         return seen.contiguous().view(x.shape[0], 4, 12)
 
 
+class NoSource(Net):
+    """Calls a function that has no file."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return made_at_run_time(x)  # noqa: F821 - by exec, below
+
+
+exec("def made_at_run_time(x):\n    return x * 2")  # noqa: S102 - as frameworks make functions
+
+
 @dataclass(frozen=True)
 class Provoked:
     name: str
@@ -330,6 +340,7 @@ PROVOKED = [
     Provoked("generator", Generator, "trace", "torch.randn(6", "as an input"),
     Provoked("script: variable arguments", VariableArguments, "script", "*xs", "Name the"),
     Provoked("script: annotation missing", AnnotationMissing, "script", 'named["a"]', "Annotate"),
+    Provoked("script: no source", NoSource, "script", "", "Define it in a file"),
     Provoked(
         "script: context manager", ContextManager, "script", "torch.enable_grad()", "out of forward"
     ),
@@ -440,7 +451,7 @@ class FrozenSizeOfBranch(Net):
 
 MISMATCHED: list[tuple[type[Net], str, str, str, str]] = [
     (Float64Kernel, "trace", "", "no kernel of Softplus for this dtype", "precision='fp32'"),
-    (FrozenSize, "trace", "int(x.shape[0])", "was kept in the graph", "without int()"),
+    (FrozenSize, "trace", "int(x.shape[0])", "is fixed to 6 in the graph", "not from constants"),
     (InvalidGraph, "script", "", "a graph that is not valid", "another core"),
     (FrozenSizeOfBranch, "trace", "if x.shape[0] > 2:", "the tracer kept", "without int()"),
     (Branch, "trace", "if x.sum() > 0:", "the tracer kept", "torch.where"),

@@ -11,7 +11,7 @@ import torch
 import zoo
 from torch import nn
 
-from onnxport import Example, Inputs, OnnxExport, export
+from onnxport import Example, ExportError, Inputs, OnnxExport, export
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,6 +137,74 @@ def test_rows_that_depend_on_each_other_are_reported(tmp_path: Path) -> None:
     report = export(Centre(), torch.randn(4, 6), tmp_path / "model.onnx", core="trace")
     assert report.dynamic_axes["x"] == {0: "batch"}
     assert "Rows of a batch depend on each other" in report.warnings[0]
+
+
+class GrowingTable(nn.Module):
+    """Keeps a table of positions that is made anew when a longer call comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("table", None, persistent=False)
+
+    def positions(self, length: int) -> torch.Tensor:
+        if self.table is None or self.table.shape[0] < length:
+            places = torch.arange(length)
+            self.table = -(places[None] - places[:, None]).abs() * 0.1
+        return self.table[:length, :length]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.positions(x.shape[1]) @ x
+
+
+@pytest.mark.parametrize("seen_before", [0, 9, 40])
+def test_a_table_that_has_grown_is_no_bound_of_the_model(seen_before: int, tmp_path: Path) -> None:
+    module = GrowingTable().eval()
+    if seen_before:
+        module(torch.randn(1, seen_before, 6))
+    calls = [torch.randn(3, 5, 6), torch.randn(3, 8, 6)]
+    report = export(module, calls, tmp_path / "model.onnx")
+    session = ort.InferenceSession(report.path)
+    free = report.dynamic_axes["x"].get(1) == "sequence"
+    assert free or "No core could keep sequence" in " ".join(report.warnings)
+    for length in (2, 8, 23, 50, 100) if free else ():
+        x = torch.randn(2, length, 6)
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert np.allclose(found, module(x).detach().numpy(), atol=1e-4)
+    assert free or seen_before == 40
+
+
+def test_what_a_trace_kept_is_said(tmp_path: Path) -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.abs().max() > 1e6:
+                return self.head(x * 0)
+            return self.head(x)
+
+    report = export(Careful(), torch.randn(4, 6), tmp_path / "model.onnx", core="trace")
+    assert "no rows or sizes of the proof decided otherwise" in report.warnings[-1]
+    assert "if x.abs().max() > 1e6:" in report.warnings[-1]
+
+
+def test_a_decision_on_a_short_row_is_not_kept(tmp_path: Path) -> None:
+    class Lengths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            y = self.head(x)
+            if (lengths - 1).min() == 0:
+                y = y + 1
+            return y
+
+    call = (torch.randn(4, 6), torch.tensor([5, 4, 3, 6]))
+    with pytest.raises(ExportError, match="lowered rows"):
+        export(Lengths(), call, tmp_path / "model.onnx", core="trace")
 
 
 def test_sequence_first_models_get_their_batch_axis(tmp_path: Path) -> None:

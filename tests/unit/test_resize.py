@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxport.inputs.resize import current_sizes, negate, resize, take
+from onnxport.inputs.resize import current_sizes, lower, negate, resize, take
 
 NAMES = ("batch", "sequence", "width")
 
@@ -111,3 +111,14 @@ def test_masks_and_counts_kept_as_floats_are_repeated_exactly() -> None:
     mask = torch.tensor([[1.0, 0.0, 1.0]])
     (longer,) = resize([mask], ({1: "sequence"},), {"sequence": 6})
     assert longer.tolist() == [[1.0, 0.0, 1.0] * 2]
+
+
+def test_the_first_row_of_whole_numbers_is_lowered_and_all_else_stays() -> None:
+    lengths, mask, x = torch.tensor([5, 0, 7]), torch.tensor([True, False]), torch.randn(2, 2)
+    scalar = torch.tensor(4)
+    lowered = lower([lengths, mask, x, scalar])
+    assert lowered[0].tolist() == [1, 0, 7]
+    assert lowered[1] is mask
+    assert lowered[2] is x
+    assert lowered[3] is scalar
+    assert lengths.tolist() == [5, 0, 7]

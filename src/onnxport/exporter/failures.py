@@ -290,6 +290,13 @@ FAILURES: tuple[FailureClass, ...] = (
         advice="Annotate it, e.g. `def forward(self, x: Dict[str, Tensor], scale: int)`",
     ),
     FailureClass(
+        name="script: no source",
+        pattern=re.compile(r"could not get source code|Can't get source for"),
+        title="TorchScript finds no source of a function ({message})",
+        why="it compiles text, and this function was made at run time (exec, a decorator, a shell)",
+        advice="Define it in a file, or leave the module to core='dynamo' and core='trace'",
+    ),
+    FailureClass(
         name="script: context manager",
         pattern=re.compile(
             r"(?s)(?:UnsupportedNodeError|NotSupportedError|Unknown builtin op|RuntimeError).*"

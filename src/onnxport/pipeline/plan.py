@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport._torch_compat import DEFAULT_OPSET, export_context
+from onnxport._torch_compat import DEFAULT_OPSET, export_context, fake_tensors
 from onnxport.config import PRECISIONS
 from onnxport.errors import ExportError, InputInferenceError
 from onnxport.exporter.base import ExportRequest
@@ -47,6 +47,10 @@ _DTYPES = dict(
 _EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 """Sizes of the batch while exporting: never 1, which exporters specialise; and none that another
 dim has, which they would tie to it."""
+
+
+MAX_TABLE = 2048
+"""Longer tables are not outgrown: an export at such a size would be dear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,24 +140,45 @@ class Plan:
         """
         steps = self.axes.steps or {}
         seen = [current_sizes(call, self.axes.inputs) for call in self.calls]
-        larger = {
-            name: 2 * max(call[name] for call in seen) + steps.get(name, 1)
+        largest = {
+            name: max(call[name] for call in seen)
             for name in sizes
             if name not in self.axes.batches
         }
-        if not larger or self.flat.keeps_state:
+        if not largest or self.flat.keeps_state:
             return {}
-        inputs = resize(self.rows, self.axes.inputs, {**sizes, **larger})
+        for least in (1, *_longest_table(self.flat)):
+            larger = {
+                name: size + steps.get(name, 1) * max(size, least) for name, size in largest.items()
+            }
+            if self._grows(resize(self.rows, self.axes.inputs, {**sizes, **larger})):
+                self.flat.keeps_state = True
+                return larger
+        return {}
+
+    def _grows(self, inputs: Tensors) -> bool:
         try:
-            with preserved_rng(), export_context():
-                grows = changes_itself(self.flat, inputs)
+            with preserved_rng(), export_context(), fake_tensors(inputs) as fakes:
+                return changes_itself(self.flat, fakes)
         except Exception:
             logger.debug("the module refuses larger sizes", exc_info=True)
-            return {}
-        if not grows:
-            return {}
-        self.flat.keeps_state = True
-        return larger
+            return False
+
+
+def _longest_table(module: nn.Module) -> list[int]:
+    """Return the longest axis of what a module keeps besides its weights, if it is not huge.
+
+    A table may have grown for a call that was not recorded.
+    """
+    sizes = [
+        size
+        for submodule in module.modules()
+        for value in (*vars(submodule).values(), *submodule._buffers.values())  # noqa: SLF001 - own ones
+        if isinstance(value, torch.Tensor)
+        for size in value.shape
+    ]
+    longest = max(sizes, default=0)
+    return [longest] if 1 < longest <= MAX_TABLE else []
 
 
 def make_plan(job: ExportJob) -> Plan:
