@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,22 +35,6 @@ def test_the_main_job_ends_with_a_served_champion(tmp_path: Path) -> None:
     models = {path.stem for path in folder.glob("*.onnx")}
     assert models == {path.stem for path in folder.glob("*.ckpt")}
     assert len(models) == 2
-
-
-def test_the_readme_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    first, *blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert first == "trainer = Trainer(callbacks=[OnnxExport()])\n"
-    assert len(blocks) >= 4
-    (tmp_path / "readme.py").write_text("\n".join(blocks), encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "readme.py"], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "{'features': {0: 'batch'}, 'output': {0: 'batch'}}" in result.stdout
 
 
 def test_no_example_is_forgotten() -> None:
