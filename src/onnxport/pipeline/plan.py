@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from onnxport._torch_compat import DEFAULT_OPSET, export_context, fake_tensors
 from onnxport.config import PRECISIONS
-from onnxport.errors import ExportError, InputInferenceError
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
-from onnxport.exporter.isolation import changes_itself, isolated
+from onnxport.exporter.isolation import changes_itself
 from onnxport.exporter.module_state import evaluate, preserved_rng
 from onnxport.exporter.target import FunctionModule, find_target
 from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
 from onnxport.inputs.resize import current_sizes, resize
 from onnxport.inputs.rows import many_rows
-from onnxport.inputs.unused import unused_tensors, without
-from onnxport.pipeline.randomness import first_random_module, reseed
+from onnxport.pipeline.calls import of_one_structure, used_parts
+from onnxport.pipeline.eager import compare_with_live, first_run
 from onnxport.pipeline.runs import ShapeProbe, run_flat
 from onnxport.signature import ModelSignature, TensorSpec
-from onnxport.tree import Example, Spec, constants, flatten, same_structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from onnxport.config import ExportOptions
-    from onnxport.pipeline.job import ExportJob, LiveReference
+    from onnxport.pipeline.job import ExportJob
 
 __all__ = ["Plan", "make_plan"]
 
@@ -191,18 +188,18 @@ def make_plan(job: ExportJob) -> Plan:
     """
     evaluate(job.module)
     if job.reference is not None:
-        _compare_with_live(find_target(job.module, job.reference.target), job.reference)
+        compare_with_live(find_target(job.module, job.reference.target), job.reference)
     module = evaluate(find_target(job.module, job.target))
     warnings = list(job.warnings)
-    examples = _used(module, job.examples, warnings)
+    examples = used_parts(module, job.examples, warnings)
     dtype = _precision(module, job.options, warnings)
     if dtype is not None:
         module.to(dtype)
-    spec, paths, calls = _same_structure(examples, warnings)
+    spec, paths, calls = of_one_structure(examples, warnings)
     if dtype is not None:
         calls = tuple(tuple(_cast(tensor, dtype) for tensor in call) for call in calls)
     flat = FlatModule(module, spec)
-    outputs = _first_run(flat, calls[0])
+    outputs = first_run(flat, calls[0])
     given = job.options.inputs
     called = module.function if isinstance(module, FunctionModule) else module.forward
     names = input_names(called, paths, given.names)
@@ -232,26 +229,6 @@ def make_plan(job: ExportJob) -> Plan:
     )
 
 
-def _used(module: nn.Module, examples: Sequence[Example], warnings: list[str]) -> Sequence[Example]:
-    """Leave out what a function gets and does not use: a method may get labels with its batch."""
-    if not examples or not isinstance(module, FunctionModule):
-        return examples
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with preserved_rng(), export_context(), isolated(module):
-            return module(*args, **kwargs)
-
-    try:
-        unused = unused_tensors(run, examples[0])
-    except Exception:  # the first run tells in a moment
-        logger.debug("the function does not run", exc_info=True)
-        return examples
-    if unused:
-        names = input_names(module.function, unused)
-        warnings.append(f"{', '.join(names)}: not used, so no input of the model.")
-    return [without(example, unused) for example in examples]
-
-
 def _precision(
     module: nn.Module, options: ExportOptions, warnings: list[str]
 ) -> torch.dtype | None:
@@ -267,145 +244,6 @@ def _precision(
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _same_structure(
-    examples: Sequence[Example], warnings: list[str]
-) -> tuple[Spec, list[tuple[object, ...]], tuple[Tensors, ...]]:
-    """Keep the examples that have the structure of the first; say which others were seen.
-
-    Raises:
-        InputInferenceError: If no example holds a tensor.
-    """
-    flat = [flatten((example.args, dict(example.kwargs))) for example in examples]
-    flat = [(spec, found) for spec, found in flat if found]
-    if not flat:
-        raise InputInferenceError(
-            "No call of the model with a tensor was observed, so there is nothing to export it "
-            "with. Run at least one batch before the first checkpoint, set example_input_array on "
-            "the module, or give Inputs(example=...)."
-        )
-    spec, first = flat[0]
-    paths = [path for path, _ in first]
-    kind = [(path, tensor.dtype, tensor.ndim) for path, tensor in first]
-    calls = [
-        (other, tuple(tensor for _, tensor in found))
-        for other, found in flat
-        if same_structure(spec, other)
-        and [(path, tensor.dtype, tensor.ndim) for path, tensor in found] == kind
-    ]
-    if len(calls) < len(flat):
-        warnings.append(
-            f"{len(flat) - len(calls)} observed calls had other arguments than the first one; the "
-            "model is exported for the arguments of the first."
-        )
-    same = [(other, call) for other, call in calls if _same_constants(spec, other, warnings)]
-    return spec, paths, tuple(call for _, call in same)
-
-
-def _same_constants(spec: Spec, other: Spec, warnings: list[str]) -> bool:
-    """Tell whether a call has the same numbers, bools and strings; note those that differ."""
-    ours, theirs = constants(spec), constants(other)
-    differing = {path for path, value in ours.items() if not _equal(value, theirs[path])}
-    for path in sorted(differing, key=str):
-        name = ".".join(str(key) for key in path[1:])
-        text = (
-            f"Argument {name!r} changed between calls ({ours[path]!r}, {theirs[path]!r}); it is no "
-            f"tensor, so the model holds {ours[path]!r}. Pass a tensor to make it an input."
-        )
-        if text not in warnings:
-            warnings.append(text)
-    return not differing
-
-
-def _equal(a: object, b: object) -> bool:
-    try:
-        return bool(a == b) or (type(a) is type(b) and not isinstance(a, (int, float, str, bool)))
-    except Exception:  # noqa: BLE001 - comparing is code of the objects
-        return type(a) is type(b)
-
-
-def _first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, ...], torch.Tensor]]:
-    """Run twice: the module must run, give tensors, and not be random.
-
-    Raises:
-        ExportError: If it does not.
-    """
-    try:
-        with preserved_rng(), export_context():
-            flat.keeps_state = changes_itself(flat, tensors)
-        with preserved_rng():
-            first = _run_nested(flat, tensors)
-            again = _run_nested(flat, tensors)
-            reseed()
-            second = _run_nested(flat, tensors)
-    except Exception as error:
-        raise ExportError(
-            f"The module does not run in eval mode on an observed call: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not first:
-        raise ExportError("The module's result holds no tensor, so there is no output to export.")
-    # What is the same bit by bit but for the seed differs by what was drawn, however little.
-    rtol = 1e-7 if _all_close(first, again, 0.0) else 1e-5
-    if not _all_close(first, second, rtol):
-        where = first_random_module(flat, tensors)
-        raise ExportError(
-            f"The module stays random in eval mode: two runs on the same rows differ{where}, so no "
-            "model could be compared with it. Look for F.dropout without training=self.training, "
-            "torch.rand or sampling in forward."
-        )
-    return first
-
-
-def _run_nested(
-    flat: FlatModule, tensors: Tensors
-) -> list[tuple[tuple[object, ...], torch.Tensor]]:
-    fresh = isolated(flat) if flat.keeps_state else nullcontext()
-    with preserved_rng(), export_context(), fresh:
-        return flat.run_nested(tuple(tensor.clone() for tensor in tensors))
-
-
-def _compare_with_live(module: nn.Module, reference: LiveReference) -> None:
-    spec, found = flatten((reference.example.args, dict(reference.example.kwargs)))
-    try:
-        rows = [tensor for _, tensor in found]
-        outputs = run_flat(FlatModule(module, spec), rows, isolate=True)
-    except Exception as error:
-        raise ExportError(
-            f"The module runs in training but its copy does not: {type(error).__name__}: {error}. "
-            "Does forward use the trainer or other state outside of the module?"
-        ) from error
-    same = len(outputs) == len(reference.outputs) and all(
-        _close(ours, theirs, reference.rtol)
-        for ours, theirs in zip(outputs, reference.outputs, strict=False)
-    )
-    if not same:
-        raise ExportError(
-            "A copy of the module with the checkpoint's weights does not compute what the module "
-            "in training computes. Either it stays random in eval mode (F.dropout without "
-            "training=self.training, sampling), or forward depends on state outside of the module "
-            "(the trainer, the current epoch, a global)."
-        )
-
-
-def _all_close(
-    first: Sequence[tuple[object, torch.Tensor]],
-    second: Sequence[tuple[object, torch.Tensor]],
-    rtol: float,
-) -> bool:
-    return len(first) == len(second) and all(
-        _close(a, b, rtol) for (_, a), (_, b) in zip(first, second, strict=True)
-    )
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, rtol: float) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b) or rtol > 1e-3  # noqa: PLR2004 - another device breaks ties otherwise
-    scale = float(b.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
 
 
 def _same_sizes(call: Tensors, first: Tensors, axes: AxisPlan) -> bool:
