@@ -219,3 +219,16 @@ def test_export_takes_a_method_and_a_wrapper(tmp_path: Path) -> None:
     report = onnxport.export(module, images, tmp_path / "b.onnx", target=Deployed)
     assert [spec.name for spec in report.inputs] == ["pixels"]
     assert report.ok
+
+
+def test_several_targets_are_watched_apart_while_the_first_models_are_made(tmp_path: Path) -> None:
+    targets = {"body": "net.0", "head": "net.1", "served": "predict_step"}
+    scripted = OnnxExport(target=targets, core="torchscript")
+    traced = OnnxExport(core="script", dirpath=tmp_path / "other")
+    saves = zoo.checkpoints(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer = zoo.trainer(tmp_path, saves, scripted, traced, epochs=1)
+    torch.manual_seed(0)
+    trainer.fit(Predicts(net()), zoo.loader())
+    assert [report.ok for report in scripted.reports] == [True] * 9
+    assert {report.core for report in traced.reports} == {None}  # its forward is never called
+    assert all(report.dynamic_axes for report in scripted.reports)

@@ -113,12 +113,15 @@ def test_masks_and_counts_kept_as_floats_are_repeated_exactly() -> None:
     assert longer.tolist() == [[1.0, 0.0, 1.0] * 2]
 
 
-def test_the_first_row_of_whole_numbers_is_lowered_and_all_else_stays() -> None:
-    lengths, mask, x = torch.tensor([5, 0, 7]), torch.tensor([True, False]), torch.randn(2, 2)
+def test_the_lowest_row_of_whole_numbers_is_lowered_and_all_else_stays() -> None:
+    lengths, mask, x = torch.tensor([5, 3, 7]), torch.tensor([True, False]), torch.randn(2, 2)
     scalar = torch.tensor(4)
     lowered = lower([lengths, mask, x, scalar])
-    assert lowered[0].tolist() == [1, 0, 7]
+    assert lowered[0].tolist() == [5, 1, 7]
     assert lowered[1] is mask
     assert lowered[2] is x
     assert lowered[3] is scalar
-    assert lengths.tolist() == [5, 0, 7]
+    assert lengths.tolist() == [5, 3, 7]
+    ids = torch.tensor([[4, 9, 0], [2, 3, 3]])
+    assert lower([ids])[0].tolist() == [[4, 9, 0], [1, 1, 1]]
+    assert lower([torch.zeros(0, 2, dtype=torch.long)])[0].shape == (0, 2)

@@ -31,7 +31,7 @@ from onnxport.exporter.module_state import (
 from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
-from onnxport.inputs.observe import Observer
+from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob, Pipeline
@@ -155,7 +155,7 @@ class ExportSession:
     def saved(self, saved: Saved) -> ExportReport:
         """Weights were saved: export, prove, publish and track them."""
         start = time.perf_counter()
-        with self._unobserved():
+        with self._unobserved(), unobserved():
             report = self._export(saved)
         report = self._track(report, saved.origin, last=False)
         self._keep(report, time.perf_counter() - start)
@@ -164,7 +164,7 @@ class ExportSession:
     def dry_run(self, saved: Saved) -> None:
         """Prove that the module exports; the report names no file, nothing is tracked."""
         start = time.perf_counter()
-        with self._unobserved():
+        with self._unobserved(), unobserved():
             report = self._export(saved)
         self._keep(replace(report, path=None), time.perf_counter() - start)
 

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["drop_hooks", "plain_hooks"]
+__all__ = ["OBSERVES", "drop_hooks", "drop_observers", "plain_hooks"]
+
+OBSERVES = "_onnxport_observes"
+"""Marks the hooks of observers."""
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _MARKS = (
@@ -25,12 +28,20 @@ def plain_hooks(module: nn.Module) -> list[Any]:
 
     Their closures reach into the training run. Methods and objects are copied with the module.
     """
+    return [hook for hook in _hooks(module) if isinstance(hook, FunctionType)]
+
+
+def drop_observers(module: nn.Module) -> None:
+    """Take the hooks of observers off a copy: they watch training."""
+    drop_hooks(module, [hook for hook in _hooks(module) if getattr(hook, OBSERVES, False)])
+
+
+def _hooks(module: nn.Module) -> list[Any]:
     return [
         hook
         for submodule in module.modules()
         for kind in _KINDS
         for hook in vars(submodule).get(kind, {}).values()
-        if isinstance(hook, FunctionType)
     ]
 
 

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from onnxport._torch_compat import export_context, is_compiled_forward
 from onnxport.exporter.duplicate import Duplicator, Unusable
-from onnxport.exporter.hooks import drop_hooks
+from onnxport.exporter.hooks import drop_hooks, drop_observers
 from onnxport.exporter.target import find_target
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ def copy_module(module: nn.Module) -> nn.Module:
         _silence(submodule)
         _uncompile(submodule, memo)
     clone = _unwrapped(clone)
+    drop_observers(clone)
     return clone.requires_grad_(False).cpu()
 
 

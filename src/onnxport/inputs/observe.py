@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Observer", "is_compiled"]
+__all__ = ["Observer", "is_compiled", "unobserved"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,26 @@ def is_compiled(module: nn.Module) -> bool:
         or "_orig_mod" in attributes["_modules"]
         or any(isinstance(v, FunctionType) and is_compiled_forward(v) for v in attributes.values())
     )
+
+
+_OBSERVES = "_onnxport_observes"
+"""Marks our hooks: a copy of the module is made without them, see ``exporter.hooks``."""
+
+_pauses: list[None] = []
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Runs in the block are our own, and no observer of any session takes them for training's."""
+    _pauses.append(None)
+    try:
+        yield
+    finally:
+        _pauses.pop()
+
+
+def _is_paused() -> bool:
+    return bool(_pauses)
 
 
 class _Seen(BaseException):
@@ -190,7 +211,7 @@ class Observer:
         self, name: str, module: nn.Module, is_enough: Callable[[], bool] = lambda: False
     ) -> Iterator[RemovableHandle]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _is_paused():
                 return
             counts = not (module is self._root and self._is_redirected(module))
             if counts and not any(self._inside):
@@ -200,8 +221,11 @@ class Observer:
             self._inside.append(counts)
 
         def after(*_: Any) -> None:
-            if not torch.compiler.is_compiling() and self._inside:
+            if not torch.compiler.is_compiling() and not _is_paused() and self._inside:
                 self._inside.pop()
+
+        for hook in (before, after):
+            setattr(hook, _OBSERVES, True)
 
         # First of all hooks: what the user's own hooks change is part of the module.
         yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)

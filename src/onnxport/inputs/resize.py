@@ -85,21 +85,23 @@ def scale(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def lower(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Make the whole numbers of the first row 0 or 1: a short row beside a long one.
+    """Make the whole numbers of the lowest row 0 or 1: a short row beside a long one.
 
-    The first entries of a table, the shortest lengths; all rows at once would be no real data.
+    The first entries of a table, the shortest lengths. All rows at once would be no real data, and
+    the largest row stays because sizes may follow from it.
     """
-    return tuple(_first_lowered(tensor) if _counts(tensor) else tensor for tensor in tensors)
+    return tuple(_lowest_lowered(tensor) if _counts(tensor) else tensor for tensor in tensors)
 
 
 def _counts(tensor: torch.Tensor) -> bool:
     other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
-    return tensor.ndim > 0 and not other
+    return tensor.ndim > 0 and tensor.numel() > 0 and not other
 
 
-def _first_lowered(tensor: torch.Tensor) -> torch.Tensor:
+def _lowest_lowered(tensor: torch.Tensor) -> torch.Tensor:
+    lowest = int(tensor.reshape(len(tensor), -1).sum(1).argmin())
     lowered = tensor.clone()
-    lowered[:1] = tensor[:1].clamp(max=1)
+    lowered[lowest] = tensor[lowest].clamp(max=1)
     return lowered
 
 
