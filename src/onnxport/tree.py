@@ -233,7 +233,10 @@ def _anew(value: Any) -> Any:
         if not isinstance(part, (Mapping, tuple, list)) and not hasattr(part, "__dict__"):
             return value  # a lock, a handle, something of C
         queue += _parts(part)
-    return copy.deepcopy(value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - code of the object's; without a copy it is shared, as always
+        return value
 
 
 def _container(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -445,6 +447,12 @@ def test_the_text_of_an_error_names_the_files_and_causes_that_led_to_it() -> Non
     text = error_of(fail)
     assert "export failed" in text
     assert "torch/distributions/" in text.replace("\\", "/")
+
+
+def test_the_docs_name_every_patch() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "any-model.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| ([^|`]+) \|", text, flags=re.MULTILINE))
+    assert set(NAMES) <= rows
 
 
 def test_each_patch_has_a_name_of_its_own_and_says_where_its_trap_is_described() -> None:

@@ -87,6 +87,13 @@ def test_a_name_of_nothing_that_can_be_called_is_refused_with_the_submodules(nam
         require_target(Pair(), name)
 
 
+def test_a_method_of_a_compiled_submodule_is_found() -> None:
+    module = Outer()
+    module.inner = torch.compile(module.inner)
+    found = find_target(module, "inner.embed")
+    assert torch.equal(found(ROWS), module.inner._orig_mod.embed(ROWS))
+
+
 def test_a_class_wraps_the_module() -> None:
     module = Pair()
     found = find_target(module, Softmaxed)

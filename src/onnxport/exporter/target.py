@@ -108,6 +108,7 @@ def _look_up(module: nn.Module, name: str) -> tuple[nn.Module, str]:
         parent, _, method = name.rpartition(".")
     try:
         owner = module.get_submodule(parent)
+        owner = getattr(owner, "_orig_mod", owner)  # torch.compile's wrapper has no methods
     except AttributeError:
         owner = None
     found = getattr(type(owner), method, None)
