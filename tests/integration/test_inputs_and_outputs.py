@@ -224,3 +224,26 @@ def onnx_graph(report: ExportReport) -> Any:
     import onnx
 
     return onnx.load(report.path).graph
+
+
+def test_what_failed_at_a_call_that_was_seen_is_not_tried_again(tmp_path: Path) -> None:
+    class Steps(nn.Module):
+        """Counts steps in a way that no core can follow."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            keep = [lambda y: y.tanh()]  # no lambdas in TorchScript
+            state = x[:, 0]
+            for step in range(int(x.shape[1])):
+                state = keep[0](self.cell(state) + x[:, step])
+            return state
+
+    calls = [torch.randn(4, 5, 6), torch.randn(4, 8, 6)]
+    report = export(Steps(), calls, tmp_path / "model.onnx", core="torchscript")
+    assert report.dynamic_axes["x"] == {0: "batch"}
+    assert "No core could keep sequence dynamic" in " ".join(report.warnings)
+    failed = [(attempt.core, attempt.variant) for attempt in report.attempts if not attempt.ok]
+    assert failed == [("trace", ""), ("script", "")]

@@ -79,6 +79,8 @@ class Climb:
         failures: What each failed attempt raised and printed, in order.
         checks: The checks of the last model proven.
         hopeless: Cores that would fail alike with other sizes.
+        disagreed: Cores whose model was wrong, and the first check that showed it.
+        patches: Patches whose symptom was seen.
         warnings: What the proof may not have seen of the model that won.
     """
 
@@ -87,6 +89,8 @@ class Climb:
     failures: list[FailedAttempt] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
     hopeless: set[Core] = field(default_factory=set)
+    disagreed: dict[Core, Check] = field(default_factory=dict)
+    patches: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 
@@ -117,6 +121,7 @@ def climb(
     request: ExportRequest,
     prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
     skip: Collection[Core] = (),
+    patches: frozenset[str] = frozenset(),
 ) -> Climb:
     """Export in one way after the other until a model passes the proof.
 
@@ -128,6 +133,7 @@ def climb(
         request: What to export.
         prove: Writes and proves a model; raises :class:`VerificationError` when it is wrong.
         skip: Cores that are known to fail.
+        patches: Patches whose symptom was seen before.
 
     Returns:
         The winner or ``None``, the attempts and why each failed.
@@ -135,19 +141,18 @@ def climb(
     Raises:
         OnnxportError: If the disk or the installation fails, which no other core would mend.
     """
-    climbed = Climb()
-    patches: frozenset[str] = frozenset()
+    climbed = Climb(patches=patches)
     for rung in ladder:
         if rung.core in skip or not _worth_trying(rung.core, request, climbed):
             continue
         while True:
-            tried = Rung(rung.core, rung.patches | patches)
+            tried = Rung(rung.core, rung.patches | climbed.patches)
             error = _attempt(tried, request, prove, climbed)
             if error is None:
                 climbed.winner = tried
                 return climbed
             known = patches_for(text_of(error), request.module) - tried.patches
-            patches |= known
+            climbed.patches |= known
             if not known:
                 break
     return climbed
@@ -160,6 +165,7 @@ def _attempt(
     climbed: Climb,
 ) -> Exception | None:
     start = time.perf_counter()
+    climbed.hopeless.discard(rung.core)  # whatever it was without the patches that it has now
     reason, output = "", CapturedOutput()
     failure: Exception | None = None
     try:
@@ -176,6 +182,8 @@ def _attempt(
     except VerificationError as error:
         reason = explain_mismatch(error, rung.core.name, output.text)
         climbed.checks, failure = error.checks, error
+        if error.checks and not error.checks[-1].ok:
+            climbed.disagreed[rung.core] = error.checks[-1]
     except OnnxportError:
         raise  # the disk or the installation, not the core
     except Exception as error:

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from onnxport.errors import OnnxportError, PublishError
-from onnxport.exporter.ladder import climb, rungs
+from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
@@ -28,18 +28,19 @@ from onnxport.exporter.writer import (
     write_model,
     write_text,
 )
+from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.plan import Plan, make_plan
-from onnxport.pipeline.proof import Proof
+from onnxport.pipeline.proof import REAL, Proof
 from onnxport.report import ExportReport
 from onnxport.validation.session import runtime_version
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
 
     from onnxport.exporter.base import Core
-    from onnxport.exporter.ladder import Climb, Rung
+    from onnxport.exporter.ladder import Rung
     from onnxport.pipeline.job import ExportJob
     from onnxport.report import Attempt, Check
 
@@ -91,8 +92,10 @@ class Pipeline:
     def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
         attempts: list[Attempt] = []
         failures: list[FailedAttempt] = []
-        hopeless: set[Core] = set()
+        climbed, flat = Climb(), None
         for plan in _plans(job, attempts, seconds):
+            if plan.flat is not flat:  # in another precision all may go otherwise
+                climbed, flat = Climb(patches=climbed.patches), plan.flat
             with _timed(seconds, "reference"):
                 proof = Proof(plan, job.options.verify)
             draft = replace(
@@ -103,8 +106,7 @@ class Pipeline:
                 warnings=(*plan.warnings, *proof.warnings),
             )
             with staging(job.path) as staged:
-                climbed, opset = self._climb(job, plan, proof, staged, seconds, hopeless)
-                hopeless |= climbed.hopeless
+                climbed, opset = self._climb(job, plan, proof, staged, seconds, climbed)
                 attempts += climbed.attempts
                 failures += climbed.failures
                 draft = replace(draft, attempts=tuple(attempts), checks=climbed.checks)
@@ -136,9 +138,12 @@ class Pipeline:
         proof: Proof,
         staged: Path,
         seconds: dict[str, float],
-        skip: Collection[Core],
+        before: Climb,
     ) -> tuple[Climb, int | None]:
-        """Try the rungs on one plan; the proven model lies at ``staged`` when one won."""
+        """Try the rungs on one plan; the proven model lies at ``staged`` when one won.
+
+        What was learnt from the plan before it is not tried again.
+        """
         opset: int | None = None
 
         def prove(rung: Rung, model: ir.Model) -> tuple[Check, ...]:
@@ -157,10 +162,17 @@ class Pipeline:
 
         core, key = job.options.core, model_key(plan.flat)
         first = self._winners.get(key) or self._memory.recall(key, core)
-        before = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
+        spent = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
         with _timed(seconds, "export"):
-            climbed = climb(rungs(core, first), plan.request(job.options.opset), prove, skip)
-        seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - before
+            climbed = climb(
+                rungs(core, first),
+                plan.request(job.options.opset),
+                prove,
+                skip=before.hopeless | _wrong_as_seen(plan, before),
+                patches=before.patches,
+            )
+        climbed.hopeless |= before.hopeless
+        seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - spent
         if climbed.winner is not None and climbed.winner != self._winners.get(key):
             self._winners[key] = climbed.winner
             self._memory.remember(key, core, climbed.winner)
@@ -182,6 +194,24 @@ def _plans(
             plan = make_plan(replace(job, options=options, warnings=(*job.warnings, text)))
         yield plan
     yield from plan.fallbacks()
+
+
+def _wrong_as_seen(plan: Plan, before: Climb) -> set[Core]:
+    """Return the cores whose model was wrong at a call that was seen, and that has its sizes still.
+
+    With other sizes than the batch dynamic, the next plan asks the same of them.
+    """
+    axes = plan.axes
+    others = set(axes.names) - set(axes.batches)
+    if not others:
+        return set()
+    seen = [current_sizes(call, axes.inputs) for call in plan.calls]
+    return {
+        core
+        for core, check in before.disagreed.items()
+        if check.rows == REAL
+        and any(all(check.sizes.get(name) == call[name] for name in others) for call in seen)
+    }
 
 
 def _lacks_kernel(attempt: Attempt) -> bool:
