@@ -247,3 +247,30 @@ def test_what_failed_at_a_call_that_was_seen_is_not_tried_again(tmp_path: Path) 
     assert "No core could keep sequence dynamic" in " ".join(report.warnings)
     failed = [(attempt.core, attempt.variant) for attempt in report.attempts if not attempt.ok]
     assert failed == [("trace", ""), ("script", "")]
+
+
+def test_the_statistics_of_a_norm_are_no_table_to_outgrow(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 900, 1), nn.BatchNorm2d(900), nn.Conv2d(900, 2, 1)).eval()
+    calls = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 12, 12)]
+    report = export(net, calls, tmp_path / "model.onnx", core="trace")
+    assert report.dynamic_axes["input"] == {0: "batch", 2: "height", 3: "width"}
+
+
+def test_a_loop_that_collects_its_steps_keeps_their_number_free(tmp_path: Path) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = x.new_zeros(x.shape[0], 4)
+            states = []
+            for step in range(x.shape[1]):
+                state = self.cell(x[:, step], state)
+                states.append(state)
+            return torch.stack(states, dim=1)
+
+    calls = [torch.randn(4, 5, 6), torch.randn(4, 8, 6)]
+    report = export(Loop().eval(), calls, tmp_path / "model.onnx", core="torchscript")
+    assert (report.core, report.attempts[-1].variant) == ("script", "plain cells")
+    assert report.dynamic_axes["x"] == {0: "batch", 1: "sequence"}

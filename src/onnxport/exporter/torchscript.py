@@ -93,8 +93,13 @@ def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:
         )
         # External data (past 2 GB) lie in the temporary folder: bring them into memory.
         model = _in_memory(ir.load(path))
-    # This core writes the shapes of inputs and outputs only.
-    return ShapeInferencePass()(model).model
+    # This core writes the shapes of inputs and outputs only. The pass takes sequences for tensors.
+    return model if _has_sequences(model) else ShapeInferencePass()(model).model
+
+
+def _has_sequences(model: ir.Model) -> bool:
+    kinds = {node.op_type for node in model.graph.all_nodes()}
+    return any("Sequence" in kind or kind.startswith("Optional") for kind in kinds)
 
 
 def _in_memory(model: ir.Model) -> ir.Model:

@@ -148,34 +148,47 @@ class Plan:
             larger = {
                 name: size + steps.get(name, 1) * max(size, least) for name, size in largest.items()
             }
-            if self._grows(resize(self.rows, self.axes.inputs, {**sizes, **larger})):
+            if self._grows({**sizes, **larger}):
                 self.flat.keeps_state = True
                 return larger
         return {}
 
-    def _grows(self, inputs: Tensors) -> bool:
+    def _grows(self, sizes: Mapping[str, int]) -> bool:
+        """Tell, by a run that computes nothing, whether the module changes itself at some sizes."""
         try:
-            with preserved_rng(), export_context(), fake_tensors(inputs) as fakes:
-                return changes_itself(self.flat, fakes)
+            with preserved_rng(), export_context(), fake_tensors(self.calls[0]) as fakes:
+                larger = [
+                    fake.new_zeros(
+                        [sizes.get(dims.get(a, ""), n) for a, n in enumerate(fake.shape)]
+                    )
+                    for fake, dims in zip(fakes, self.axes.inputs, strict=True)
+                ]
+                return changes_itself(self.flat, larger)
         except Exception:
             logger.debug("the module refuses larger sizes", exc_info=True)
             return False
 
 
 def _longest_table(module: nn.Module) -> list[int]:
-    """Return the longest axis of what a module keeps besides its weights, if it is not huge.
+    """Return the longest axis of what a module keeps besides its state, if it is not huge.
 
     A table may have grown for a call that was not recorded.
     """
     sizes = [
         size
         for submodule in module.modules()
-        for value in (*vars(submodule).values(), *submodule._buffers.values())  # noqa: SLF001 - own ones
+        for value in (*vars(submodule).values(), *_passing_buffers(submodule))
         if isinstance(value, torch.Tensor)
         for size in value.shape
     ]
     longest = max(sizes, default=0)
     return [longest] if 1 < longest <= MAX_TABLE else []
+
+
+def _passing_buffers(module: nn.Module) -> list[torch.Tensor | None]:
+    """Return the buffers that no checkpoint holds: what can be made anew."""
+    passing = module._non_persistent_buffers_set  # noqa: SLF001 - has no public name
+    return [buffer for name, buffer in module._buffers.items() if name in passing]  # noqa: SLF001
 
 
 def make_plan(job: ExportJob) -> Plan:
