@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import tempfile
 from collections import defaultdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +38,7 @@ def write_results(folder: Path, rows: list[Row], spent_s: float, *, merge: bool)
     kept: dict[tuple[str, str], Row] = {}
     if merge and path.exists():
         kept = {(r["case"], r["mode"]): r for r in json.loads(path.read_text())["rows"]}
-    kept |= {(r["case"], r["mode"]): _plain(r) for r in rows}
+    kept |= {(r["case"], r["mode"]): _plain(r) | {"commit": _commit()} for r in rows}
     table: Table = defaultdict(dict)
     for (case, mode), row in sorted(kept.items()):
         table[case][mode] = row
@@ -45,7 +47,7 @@ def write_results(folder: Path, rows: list[Row], spent_s: float, *, merge: bool)
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _commit(),
+        "commit": ", ".join(sorted({row.get("commit", "?") for row in kept.values()})),
         "last_run_s": round(spent_s),
     }
     figures = summarise(table)
@@ -64,14 +66,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, str):
-        return re.sub(r"(?:/[^\s/'\"]+)*/site-packages/", "", value.replace(ROOT, ""))
+        text = re.sub(r"(?:/[^\s/'\"]+)*/site-packages/", "", value.replace(ROOT, ""))
+        # Reasons are cut, so a path may end anywhere.
+        for folder in (sys.prefix, tempfile.gettempdir()):
+            text = text.replace(f"{folder}/", "").replace(str(Path(folder).parent) + "/.venv", "")
+        return text
     return value
 
 
 def _commit() -> str:
     """Return which source was measured, with a mark if it has changes of its own."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
+        ["git", "describe", "--always", "--dirty"],  # noqa: S607 - whichever git there is
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -193,7 +199,8 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 def _markdown(about: dict[str, Any], figures: dict[str, Any], table: Table) -> Iterable[str]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield "# Coverage: which models come out, and are right\n"
-    yield f"{about['date']}; {about['machine']}; Python {about['python']}; {versions} at {about['commit']}.\n"
+    where = f"{about['date']}; {about['machine']}; Python {about['python']}"
+    yield f"{where}; {versions} at {about['commit']}.\n"
     yield (
         "Raw exports get their axes by hand, onnxport gets no argument. Each model is compared "
         "with eager PyTorch in ONNX Runtime (CPU) at sizes and values that no export has seen. "
