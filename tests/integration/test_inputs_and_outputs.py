@@ -188,6 +188,36 @@ def test_what_a_trace_kept_is_said(tmp_path: Path) -> None:
     report = export(Careful(), torch.randn(4, 6), tmp_path / "model.onnx", core="trace")
     assert "no rows or sizes of the proof decided otherwise" in report.warnings[-1]
     assert "if x.abs().max() > 1e6:" in report.warnings[-1]
+    # Where a core can keep the branch, the trace has to wait, and does not win.
+    report = export(Careful(), torch.randn(4, 6), tmp_path / "other.onnx", core="torchscript")
+    assert [(a.core, a.ok) for a in report.attempts] == [("trace", False), ("script", True)]
+    assert "Cores that keep control flow are tried first" in report.attempts[0].reason
+    x = torch.full((3, 6), 1e7)
+    (found,) = ort.InferenceSession(report.path).run(None, {"x": x.numpy()})
+    assert np.allclose(found, found[0])
+    assert np.abs(found).max() < 10
+
+
+def test_a_trace_that_had_to_wait_in_vain_wins_and_is_trusted_from_then_on(tmp_path: Path) -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            keep = [lambda y: y * 0]  # no lambdas in TorchScript
+            if x.abs().max() > 1e6:
+                return self.head(keep[0](x))
+            return self.head(x)
+
+    module = Careful()
+    cores = []
+    for name in ("first.onnx", "second.onnx"):
+        report = export(module, torch.randn(4, 6), tmp_path / name, core="torchscript")
+        assert report.core == "trace"
+        assert "if x.abs().max() > 1e6:" in report.warnings[-1]
+        cores.append([attempt.core for attempt in report.attempts])
+    assert cores == [["trace", "script", "trace"], ["trace"]]
 
 
 def test_a_decision_on_a_short_row_is_not_kept(tmp_path: Path) -> None:

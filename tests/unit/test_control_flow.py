@@ -394,11 +394,12 @@ def test_a_property_that_raises_does_not_end_the_compilation() -> None:
 
 def test_only_properties_that_raise_are_hidden_and_only_on_the_copy() -> None:
     live = nn.Sequential(NeedsATrainer(), Straight())
-    module = without_raising_properties(copy.deepcopy(live))
-    assert isinstance(module[0], NeedsATrainer)
-    assert module[0].step is None
-    assert module[0].width == 2
-    assert type(module[1]) is Straight
-    assert type(live[0]) is NeedsATrainer
+    with without_raising_properties(copy.deepcopy(live)) as module:
+        assert isinstance(module[0], NeedsATrainer)
+        assert module[0].step is None
+        assert module[0].width == 2
+        assert type(module[1]) is Straight
+        assert type(live[0]) is NeedsATrainer
+    assert type(module[0]) is NeedsATrainer
     with pytest.raises(RuntimeError, match="not attached"):
         _ = live[0].step

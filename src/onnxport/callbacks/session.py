@@ -110,6 +110,7 @@ class ExportSession:
         self._say = say
         self._pipeline = Pipeline()
         self._failure: ExportError | None = None
+        self._told: set[str] = set()
         self._reference = Reference(module)
         self._rehearsals = MAX_REHEARSALS
         self._origins: dict[str, Provenance] = {}
@@ -304,12 +305,20 @@ class ExportSession:
         self.reports.append(report)
         if report.ok:
             self._say(_success_line(report))
+            self._tell(report)
             return
         name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
         message = f"No ONNX model for {name}: {report.error}"
         logger.warning("%s Training goes on.", message)
         if self._failure is None:
             self._failure = ExportError(message, report)
+
+    def _tell(self, report: ExportReport) -> None:
+        """Log what the proof could not show, once per run."""
+        for warning in report.warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                logger.warning("%s: %s", Path(report.path or "dry run").name, warning)
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:

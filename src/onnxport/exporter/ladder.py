@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from onnxport._torch_compat import CapturedOutput, captured_output, export_context
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _DYNAMO: tuple[Core, ...] = (DynamoCore(), DynamoCore(automatic=True))
 _UNOPTIMISED: tuple[Core, ...] = (DynamoCore(automatic=True, optimize=False),)
 _TORCHSCRIPT: tuple[Core, ...] = (TraceCore(), TraceCore(scripted=True), ScriptCore())
+_CONTROL_FLOW: tuple[Core, ...] = (TraceCore(scripted=True), ScriptCore())
 _LADDERS: dict[str, tuple[Core, ...]] = {
     "auto": _DYNAMO + _TORCHSCRIPT + _UNOPTIMISED,
     "dynamo": _DYNAMO + _UNOPTIMISED,
@@ -122,11 +123,13 @@ def climb(
     prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
     skip: Collection[Core] = (),
     patches: frozenset[str] = frozenset(),
+    trusted: Rung | None = None,
 ) -> Climb:
     """Export in one way after the other until a model passes the proof.
 
     When an attempt shows the symptom of a known trap, the same core is tried again at once under
-    the patch for it, and so are all that follow.
+    the patch for it, and so are all that follow. A trace that passed but kept what Python decided
+    has to wait until the cores that keep control flow were tried: other data may decide otherwise.
 
     Args:
         ladder: The rungs, in order.
@@ -134,6 +137,7 @@ def climb(
         prove: Writes and proves a model; raises :class:`VerificationError` when it is wrong.
         skip: Cores that are known to fail.
         patches: Patches whose symptom was seen before.
+        trusted: A rung that won before: what its trace keeps was weighed then.
 
     Returns:
         The winner or ``None``, the attempts and why each failed.
@@ -142,20 +146,54 @@ def climb(
         OnnxportError: If the disk or the installation fails, which no other core would mend.
     """
     climbed = Climb(patches=patches)
-    for rung in ladder:
-        if rung.core in skip or not _worth_trying(rung.core, request, climbed):
+    waiting: Rung | None = None
+
+    def may_help(rung: Rung) -> bool:
+        if waiting is not None and rung.core not in _CONTROL_FLOW:
+            return False
+        return rung.core not in skip and _worth_trying(rung.core, request, climbed)
+
+    for place, rung in enumerate(ladder):
+        if not may_help(rung):
             continue
-        while True:
-            tried = Rung(rung.core, rung.patches | climbed.patches)
-            error = _attempt(tried, request, prove, climbed)
-            if error is None:
-                climbed.winner = tried
-                return climbed
-            known = patches_for(text_of(error), request.module) - tried.patches
-            climbed.patches |= known
-            if not known:
-                break
+        tried, error = _attempt_with_patches(rung, request, prove, climbed)
+        if error is not None:
+            continue
+        if climbed.warnings and waiting is None and tried != trusted:
+            waiting = tried
+            if any(may_help(other) for other in ladder[place + 1 :]):
+                _set_aside(climbed)
+                continue
+        climbed.winner = tried
+        return climbed
+    if waiting is not None and _attempt(waiting, request, prove, climbed) is None:
+        climbed.winner = waiting
     return climbed
+
+
+def _attempt_with_patches(
+    rung: Rung,
+    request: ExportRequest,
+    prove: Callable[[Rung, ir.Model], tuple[Check, ...]],
+    climbed: Climb,
+) -> tuple[Rung, Exception | None]:
+    """Try a rung, and again under each patch whose symptom shows."""
+    while True:
+        tried = Rung(rung.core, rung.patches | climbed.patches)
+        error = _attempt(tried, request, prove, climbed)
+        if error is None:
+            return tried, None
+        known = patches_for(text_of(error), request.module) - tried.patches
+        climbed.patches |= known
+        if not known:
+            return tried, error
+
+
+def _set_aside(climbed: Climb) -> None:
+    """Note of the last attempt that its model is right as far as the proof sees, and waits."""
+    reason = f"{climbed.warnings[0]} Cores that keep control flow are tried first."
+    climbed.attempts[-1] = replace(climbed.attempts[-1], ok=False, reason=reason)
+    climbed.warnings = ()
 
 
 def _attempt(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from typing_extensions import override
 from onnxport._torch_compat import forget_half_compiled_types, rewritten_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["rewrite", "script", "without_raising_properties"]
 
@@ -30,11 +31,11 @@ def script(module: nn.Module) -> torch.jit.ScriptModule:
     """Compile a module and everything that its ``forward`` calls.
 
     Args:
-        module: A copy that belongs to the export; properties that raise are hidden in place.
+        module: A copy that belongs to the export.
     """
     try:
-        with rewritten_sources(rewrite):
-            compiled: torch.jit.ScriptModule = torch.jit.script(without_raising_properties(module))
+        with rewritten_sources(rewrite), without_raising_properties(module):
+            compiled: torch.jit.ScriptModule = torch.jit.script(module)
             return compiled
     except Exception:
         # The next attempt would be told that the class is defined already, and not what is wrong.
@@ -124,18 +125,24 @@ def _constant(value: Any) -> ast.expr:
     return ast.Constant(value)
 
 
-def without_raising_properties(module: nn.Module) -> nn.Module:
-    """Hide properties that cannot be read, in place, on a copy that belongs to the export.
+@contextmanager
+def without_raising_properties(module: nn.Module) -> Iterator[nn.Module]:
+    """Hide properties that cannot be read, on a copy that belongs to the export.
 
     The script compiler reads every attribute, ``forward`` uses it or not, and a property that
     raises (one that needs a trainer, say) would end it.
     """
-    for submodule in module.modules():
-        hidden = {name: None for name in _properties(type(submodule)) if _raises(submodule, name)}
+    kinds = [(submodule, type(submodule)) for submodule in module.modules()]
+    for submodule, kind in kinds:
+        hidden = {name: None for name in _properties(kind) if _raises(submodule, name)}
         if hidden:
-            kind = type(submodule)
             submodule.__class__ = type(kind.__name__, (kind,), hidden | {"__doc__": kind.__doc__})
-    return module
+    try:
+        yield module
+    finally:
+        for submodule, kind in kinds:  # a class that was made here cannot be pickled
+            if type(submodule) is not kind:
+                submodule.__class__ = kind
 
 
 def _properties(kind: type) -> list[str]:

@@ -289,7 +289,7 @@ def declared_axes(
                 "Give axes that may differ different names."
             )
         (size,) = sizes
-        after = module.run(grown(example, places, 2 * size + 1))
+        after = _run_declared(module, grown(example, places, 2 * size + 1), dim, 2 * size + 1)
         for place, (old, new) in enumerate(zip(base, after, strict=True)):
             sizes_of = (size, 2 * size + 1)
             outputs[place] |= follows(old.shape, new.shape, dim, sizes_of, output_names[place])
@@ -304,6 +304,16 @@ def declared_axes(
         batches=() if first is None else (first,),
         evidence=tuple(evidence),
     )
+
+
+def _run_declared(module: Module, call: Tensors, dim: str, size: int) -> Tensors:
+    try:
+        return module.run(call)
+    except Exception as error:
+        raise ConfigurationError(
+            f"dynamic_axes declares {dim!r}, but the module does not run with size {size} there: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _named_axes(name: str, axes: Sequence[int]) -> dict[int, str]:

@@ -170,6 +170,7 @@ class Pipeline:
                 prove,
                 skip=before.hopeless | _wrong_as_seen(plan, before),
                 patches=before.patches,
+                trusted=first,
             )
         climbed.hopeless |= before.hopeless
         seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - spent
