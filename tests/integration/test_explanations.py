@@ -11,15 +11,17 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch._higher_order_ops.map import map as torch_map
 from torch.nn import functional
 
-from onnxport import VerificationError, verify
+from onnxport import OnnxExport, VerificationError, verify
 from onnxport._torch_compat import captured_output, export_context
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.dynamo import DynamoCore
@@ -501,3 +503,42 @@ def test_every_class_has_a_name_of_its_own_and_says_what_to_do() -> None:
     assert len({entry.name for entry in FAILURES}) == len(FAILURES)
     assert len({entry.name for entry in MISMATCHES}) == len(MISMATCHES)
     assert all(entry.advice and not entry.advice.endswith(".") for entry in table)
+
+
+class Spectral(pl.LightningModule):
+    """No core can export it; its properties that need a trainer raise on the copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(x)
+        return torch.linalg.eigvals(y.transpose(1, 2) @ y).real
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        return self(batch[0]).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_a_lightning_module_that_fails_in_training_is_repeated_by_the_script(
+    tmp_path: Path,
+) -> None:
+    rows = torch.utils.data.TensorDataset(torch.randn(8, 5, 4))
+    callback = OnnxExport(core="torchscript")
+    trainer = zoo.trainer(tmp_path, zoo.checkpoints(tmp_path), callback, epochs=1)
+    trainer.fit(Spectral(), torch.utils.data.DataLoader(rows, batch_size=4))
+    assert not callback.reports[-1].ok
+    (folder,) = tmp_path.rglob("*.onnx.failed")
+    assert (folder / "module.pt").is_file(), (folder / "reproduce.py").read_text()[:600]
+    result = subprocess.run(
+        [sys.executable, str(folder / "reproduce.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "linalg_eigvals" in result.stdout + result.stderr

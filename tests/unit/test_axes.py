@@ -356,3 +356,9 @@ def test_a_negative_axis_is_refused_and_named() -> None:
 def test_one_name_for_axes_of_different_sizes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="'n'"):
         declare(lambda x, y: (x, y), (normal(4), normal(3)), {"x0": {0: "n"}, "x1": {0: "n"}})
+
+
+def test_a_declared_axis_at_which_the_module_does_not_run_is_named() -> None:
+    module = probed(lambda x: x @ normal(3, 2), ["x"], ["y"])
+    with pytest.raises(ConfigurationError, match="declares 'feature', but the module does not run"):
+        declared_axes(module, (normal(4, 3),), {"x": {1: "feature"}})
