@@ -64,9 +64,10 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
         The report of the published model.
 
     Raises:
-        ConfigurationError: If an argument is wrong.
+        ConfigurationError: If an argument is wrong by itself, or there is no such target.
         MissingDependencyError: If ONNX Runtime is not installed.
-        ExportError: If no core produced a model that passed the proof; ``report`` says why.
+        ExportError: If no core produced a model that passed the proof, or names or axes do not fit
+            the module; ``report`` says why.
 
     Example:
         >>> import tempfile, torch, onnxport

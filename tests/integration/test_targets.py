@@ -13,7 +13,7 @@ import zoo
 from torch import nn
 
 import onnxport
-from onnxport import ConfigurationError, Inputs, MLflow, OnnxExport
+from onnxport import ConfigurationError, ExportError, Inputs, MLflow, OnnxExport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,6 +208,12 @@ def test_what_is_no_target_is_refused(target: Any) -> None:
 def test_a_name_that_is_not_there_ends_training_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no submodule and no method of Predicts"):
         fit(tmp_path, OnnxExport(target="decoder"))
+
+
+def test_script_says_that_it_compiles_modules_only(tmp_path: Path) -> None:
+    images = torch.randn(4, 1, 8, 8)
+    with pytest.raises(ExportError, match="no module that script can compile"):
+        onnxport.export(Predicts(net()), images, tmp_path / "a", target="embed", core="script")
 
 
 def test_export_takes_a_method_and_a_wrapper(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from onnxport._torch_compat import MAX_TORCHSCRIPT_OPSET
 from onnxport.exporter.control_flow import scripted_parts
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.scripting import script
+from onnxport.exporter.target import FunctionModule
 
 if TYPE_CHECKING:
     from onnxport.exporter.base import ExportRequest
@@ -63,7 +64,13 @@ class ScriptCore:
     variant: str = ""
 
     def export(self, request: ExportRequest) -> ir.Model:
-        """Return the scripted graph."""
+        """Return the scripted graph.
+
+        Raises:
+            TypeError: If a method or a function is exported, which no module's source holds.
+        """
+        if isinstance(request.module.module, FunctionModule):
+            raise TypeError("a method or function as target is no module that script can compile")
         scripted = script(request.module.module)
         flat = FlatModule(scripted, request.module.spec)
         return _export(replace(request, module=flat), _traced(flat, request.args))
