@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport.exporter.symbolic import optimize_symbolically
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -23,7 +25,8 @@ class DynamoCore:
         automatic: Ask for ``Dim.AUTO`` instead of ``Dim.DYNAMIC``. AUTO lets a module that
             constrains a size come out, and specialises silently where it must: the proof at other
             sizes tells.
-        optimize: Let onnxscript optimise the graph, which is the cause of some failures.
+        optimize: Optimise the graph, which is the cause of some failures; without a look at the
+            values of the weights, so that the graph is right for those of the next checkpoint, too.
     """
 
     automatic: bool = False
@@ -50,11 +53,13 @@ class DynamoCore:
             input_names=list(request.input_names),
             output_names=list(request.output_names),
             opset_version=request.opset,
-            optimize=self.optimize,
+            optimize=False,
             verbose=False,
         )
         if program is None:
             raise RuntimeError("torch.onnx.export(dynamo=True) returned no program")
+        if self.optimize:
+            optimize_symbolically(program.model, request.module.state_dict().keys())
         return program.model
 
     def _dims(self, axes: dict[int, str]) -> dict[int, Any]:

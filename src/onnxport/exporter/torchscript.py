@@ -96,10 +96,15 @@ def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:
             input_names=list(request.input_names),
             output_names=list(request.output_names),
             opset_version=min(request.opset, MAX_TORCHSCRIPT_OPSET),
+            # Folding and the merging of equal weights look at values, which the next checkpoint
+            # has not; this keeps the exporter from both.
+            do_constant_folding=False,
+            keep_initializers_as_inputs=True,
             verbose=False,
         )
         # External data (past 2 GB) lie in the temporary folder: bring them into memory.
         model = _in_memory(ir.load(path))
+    _keep_weights_inside(model.graph)
     # This core writes the shapes of inputs and outputs only. The pass takes sequences for tensors.
     return model if _has_sequences(model) else ShapeInferencePass()(model).model
 
@@ -107,6 +112,12 @@ def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:
 def _has_sequences(model: ir.Model) -> bool:
     kinds = {node.op_type for node in model.graph.all_nodes()}
     return any("Sequence" in kind or kind.startswith("Optional") for kind in kinds)
+
+
+def _keep_weights_inside(graph: ir.Graph) -> None:
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    graph.inputs.clear()
+    graph.inputs.extend(inputs)
 
 
 def _in_memory(model: ir.Model) -> ir.Model:

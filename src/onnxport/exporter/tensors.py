@@ -1,0 +1,56 @@
+"""torch's dtypes and ONNX's element types, and raw bytes of tensors."""
+
+from __future__ import annotations
+
+import onnx
+import torch
+
+__all__ = ["elem_type_of", "item_bytes", "raw_bytes", "torch_dtype"]
+
+_TYPES = onnx.TensorProto
+_DTYPES: dict[int, torch.dtype] = {
+    _TYPES.FLOAT: torch.float32,
+    _TYPES.DOUBLE: torch.float64,
+    _TYPES.FLOAT16: torch.float16,
+    _TYPES.BFLOAT16: torch.bfloat16,
+    _TYPES.INT8: torch.int8,
+    _TYPES.INT16: torch.int16,
+    _TYPES.INT32: torch.int32,
+    _TYPES.INT64: torch.int64,
+    _TYPES.UINT8: torch.uint8,
+    _TYPES.UINT16: torch.uint16,
+    _TYPES.UINT32: torch.uint32,
+    _TYPES.UINT64: torch.uint64,
+    _TYPES.BOOL: torch.bool,
+    _TYPES.COMPLEX64: torch.complex64,
+    _TYPES.COMPLEX128: torch.complex128,
+}
+_ELEM_TYPES = {dtype: elem_type for elem_type, dtype in _DTYPES.items()}
+
+
+def torch_dtype(elem_type: int) -> torch.dtype:
+    """Return torch's dtype for an ONNX element type.
+
+    Raises:
+        KeyError: If torch has none.
+    """
+    return _DTYPES[elem_type]
+
+
+def elem_type_of(dtype: torch.dtype) -> int:
+    """Return the ONNX element type of a torch dtype.
+
+    Raises:
+        KeyError: If ONNX has none.
+    """
+    return _ELEM_TYPES[dtype]
+
+
+def item_bytes(elem_type: int) -> int:
+    """Return the size of one element in bytes."""
+    return torch_dtype(elem_type).itemsize
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor as ONNX stores them; nothing is copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
