@@ -9,8 +9,7 @@ from onnxport.config import ExportOptions, Inputs, Verify
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.module_state import copy_module
 from onnxport.exporter.target import require_target
-from onnxport.exporter.weights import weights_sha256
-from onnxport.pipeline import ExportJob, Pipeline
+from onnxport.pipeline import ExportJob, GivenModule, Pipeline
 from onnxport.pipeline.plan import make_plan
 from onnxport.pipeline.proof import Proof
 from onnxport.tree import Example, map_tensors
@@ -133,12 +132,11 @@ def _job(
         require_target(copy, target)
     given = example if options.inputs.example is None else options.inputs.example
     return ExportJob(
-        module=copy,
+        source=GivenModule(copy),
         examples=read_examples(given),
         path=path,
         options=options,
         target=target or "",
-        weights_sha256=weights_sha256(copy.state_dict()),
     )
 
 

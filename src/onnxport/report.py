@@ -89,7 +89,8 @@ class Check:
         sizes: Size of each symbolic dimension.
         rows: What was fed: ``"real"`` rows of a real batch, or these rows ``"negated"``,
             ``"scaled"`` or ``"shuffled"``.
-        reference: ``"float64"``, or ``"table"`` where the module does not run in float64.
+        reference: ``"float64"``, ``"table"`` where the module does not run in float64, or
+            ``"live"``: what the module in training gave with the checkpoint's weights.
         outputs: One comparison per output, in graph order.
         ok: Whether all outputs agreed.
     """
@@ -144,7 +145,8 @@ class ExportReport:
         ok: Whether a proven model was published.
         path: The model, or ``None``.
         core: The core that won: ``"dynamo"``, ``"trace"`` or ``"script"``.
-        how: ``"export"``: captured and translated from the module.
+        how: ``"export"``: captured and translated from the module; ``"refresh"``: the graph of an
+            earlier checkpoint with this one's weights.
         checkpoint: Path of the checkpoint.
         epoch: ``current_epoch`` at the time of saving.
         global_step: Number of optimizer steps taken.

@@ -17,13 +17,14 @@ from onnx.reference import ReferenceEvaluator
 from onnxport.errors import PublishError
 from onnxport.exporter import writer
 from onnxport.exporter.writer import (
+    finish_graph,
     model_files,
     publish,
     remove_model,
     report_path,
     staging,
-    write_model,
     write_text,
+    write_whole,
 )
 from onnxport.report import ExportReport
 from onnxport.signature import ModelSignature, TensorSpec
@@ -73,7 +74,8 @@ def write(
     signature: ModelSignature = SIGNATURE,
 ) -> None:
     weights = {f"module.{name}": prefix + name for name in ("weight", "bias")} if prefix else {}
-    write_model(model, path, signature=signature, metadata=metadata or {}, weights=weights)
+    finish_graph(model, signature, weights)
+    write_whole(model, path, metadata or {})
 
 
 def shapes(path: Path) -> dict[str, list[int | str]]:

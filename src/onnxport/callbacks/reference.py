@@ -74,6 +74,7 @@ class Reference:
             # Another device rounds differently, and may use TF32.
             rtol=1e-4 if device.type == "cpu" else 2e-2,
             target=plain_name(target),
+            exact=device.type == "cpu",
         )
         hooks = plain_hooks(module)
         key = tuple(map(id, hooks))

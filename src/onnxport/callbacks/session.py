@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport.api import read_examples
+from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.errors import ExportError, OnnxportError
-from onnxport.exporter.hooks import drop_hooks
+from onnxport.exporter.fingerprint import fingerprint
 from onnxport.exporter.module_state import (
     copy_module,
     evaluate,
-    load_weights,
     plain_name,
     preserved_rng,
 )
 from onnxport.exporter.target import is_method, require_target
-from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
@@ -255,19 +254,15 @@ class ExportSession:
         # Of what wraps the module, the module's own calls are compared.
         runs = observed if callable(self._target) else examples
         reference, idle = self._reference.run(watched, runs, saved.state)
-        copy = copy_module(self._module)
-        drop_hooks(copy, idle)
-        warnings = load_weights(copy, saved.state)
         return ExportJob(
-            module=copy,
+            source=LiveModule(self._module, saved.state, tuple(idle)),
             examples=examples,
             path=saved.path,
             options=self._options,
             target=self._target if callable(self._target) else plain_name(watched),
-            weights_sha256=weights_sha256(saved.state),
             provenance=saved.origin,
             reference=reference,
-            warnings=warnings,
+            fingerprint=fingerprint(self._module),
         )
 
     def _given(self) -> tuple[Example, ...]:

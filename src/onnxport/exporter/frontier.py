@@ -222,6 +222,8 @@ class _Group:
             proto.output[:] = [names.get(name, name) for name in proto.output]
             graph.node.append(proto)
         for value in self._constants:
+            if value.const_value is None:
+                continue  # the session says what is missing
             tensor = ir.serde.serialize_tensor(value.const_value)
             tensor.name = names[value.name]
             graph.initializer.append(tensor)

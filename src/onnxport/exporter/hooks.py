@@ -10,17 +10,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["OBSERVES", "drop_hooks", "drop_observers", "plain_hooks"]
+__all__ = ["HOOK_MARKS", "OBSERVES", "drop_hooks", "drop_observers", "is_observer", "plain_hooks"]
 
 OBSERVES = "_onnxport_observes"
 """Marks the hooks of observers."""
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks")
-_MARKS = (
+HOOK_MARKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+"""What torch notes of hooks besides the hooks themselves."""
 
 
 def plain_hooks(module: nn.Module) -> list[Any]:
@@ -33,7 +34,12 @@ def plain_hooks(module: nn.Module) -> list[Any]:
 
 def drop_observers(module: nn.Module) -> None:
     """Take the hooks of observers off a copy: they watch training."""
-    drop_hooks(module, [hook for hook in _hooks(module) if getattr(hook, OBSERVES, False)])
+    drop_hooks(module, [hook for hook in _hooks(module) if is_observer(hook)])
+
+
+def is_observer(value: object) -> bool:
+    """Tell whether a value is a hook of an observer."""
+    return getattr(value, OBSERVES, None) is True
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -53,5 +59,5 @@ def drop_hooks(module: nn.Module, hooks: Collection[Any]) -> None:
         for kind in _KINDS:
             registry = attributes.get(kind, {})
             for key in [key for key, hook in registry.items() if id(hook) in unwanted]:
-                for each in (kind, *_MARKS):
+                for each in (kind, *HOOK_MARKS):
                     attributes.get(each, {}).pop(key, None)

@@ -10,7 +10,6 @@ Source: protobuf's encoding (protobuf.dev/programming-guides/encoding), ``onnx.p
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
@@ -20,14 +19,14 @@ from onnxport.exporter.tensors import raw_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from io import BufferedWriter
+    from io import RawIOBase
     from pathlib import Path
 
     import torch
 
     from onnxport.exporter.template import Slot
 
-__all__ = ["mapped_twin", "write_inline", "write_external"]
+__all__ = ["mapped_twin", "write_external", "write_inline"]
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ``ModelProto.graph``, ``GraphProto.initializer``, ``TensorProto.raw_data``."""
@@ -40,7 +39,7 @@ _ALIGNMENT = 4096
 
 
 def write_inline(
-    file: BufferedWriter,
+    file: RawIOBase,
     head: bytes,
     graph: bytes,
     slots: Sequence[Slot],
@@ -59,15 +58,15 @@ def write_inline(
     size = len(graph) + sum(
         len(opening) + slot.nbytes for opening, slot in zip(openings, slots, strict=True)
     )
-    file.write(head + _tag(_GRAPH) + _varint(size) + graph)
+    _write(file, head + _tag(_GRAPH) + _varint(size) + graph)
     for opening, slot, tensor in zip(openings, slots, tensors, strict=True):
-        file.write(opening)
-        file.write(_checked(slot, tensor))
+        _write(file, opening)
+        _write(file, _checked(slot, tensor))
 
 
 def write_external(
-    file: BufferedWriter,
-    data: BufferedWriter,
+    file: RawIOBase,
+    data: RawIOBase,
     location: str,
     head: bytes,
     graph: bytes,
@@ -94,10 +93,17 @@ def write_external(
         initializers.append(_tag(_INITIALIZER) + _varint(len(raw)) + raw)
         offset += slot.nbytes
     size = len(graph) + sum(map(len, initializers))
-    file.write(head + _tag(_GRAPH) + _varint(size) + graph + b"".join(initializers))
+    _write(file, head + _tag(_GRAPH) + _varint(size) + graph + b"".join(initializers))
     for slot, tensor in zip(slots, tensors, strict=True):
-        data.write(b"\0" * (-data.tell() % _ALIGNMENT))
-        data.write(_checked(slot, tensor))
+        _write(data, b"\0" * (-data.tell() % _ALIGNMENT))
+        _write(data, _checked(slot, tensor))
+
+
+def _write(file: RawIOBase, content: bytes | memoryview) -> None:
+    """Write all of it: past 2 GB one call of the system takes only a part."""
+    rest = memoryview(content)
+    while rest.nbytes:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def mapped_twin(path: Path) -> bytes:
@@ -142,7 +148,11 @@ def _graph_parts(raw: mmap.mmap, begin: int, end: int, location: str) -> Iterato
 
 
 def _fields(raw: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (number, start, start of the content, end) of each field of a message."""
+    """Yield (number, start, start of the content, end) of each field of a message.
+
+    Raises:
+        PublishError: If a field ends behind its message.
+    """
     fixed = {1: 8, 5: 4}
     while place < end:
         start = place
@@ -192,7 +202,7 @@ def _proto(slot: Slot) -> onnx.TensorProto:
 def _opening(slot: Slot) -> bytes:
     """Return everything of an initializer that comes before its bytes."""
     inner = _proto(slot).SerializeToString() + _tag(_RAW_DATA) + _varint(slot.nbytes)
-    return _tag(_INITIALIZER) + _varint(len(inner) + slot.nbytes) + inner
+    return bytes(_tag(_INITIALIZER) + _varint(len(inner) + slot.nbytes) + inner)
 
 
 def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:

@@ -190,17 +190,29 @@ def _stand_in(given: Any, tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(
+    module: nn.Module,
+    stand_ins: Mapping[int, Any] | None = None,
+    *,
+    without: Collection[Any] = (),
+) -> nn.Module:
     """Return a copy on the CPU that shares no tensor with the original.
 
     Of modules that cannot be deep-copied (locks, sockets, tensors with a history in their
     attributes) the parts are copied one by one, and only what refuses is shared. The copy knows no
     trainer, and what ``torch.compile`` wraps is unwrapped.
+
+    Args:
+        module: The module to copy.
+        stand_ins: What stands in place of tensors, by their ``id``; the copy is left on its device
+            then, because stand-ins may hold nothing that could be moved.
+        without: Hooks that the copy does not have.
     """
     trainers = [vars(submodule).get(name) for submodule in module.modules() for name in _TRAINERS]
     # A checkpoint may be saved under inference mode; tensors made there could not be exported.
     with preserved_rng(), torch.inference_mode(False), torch.no_grad():
-        memo = _copied_tensors(module) | {
+        tensors = _copied_tensors(module) if stand_ins is None else dict(stand_ins)
+        memo = tensors | {
             id(value): Unusable(type(value).__name__) for value in trainers if value is not None
         }
         clone: nn.Module = Duplicator(memo).copy(module)
@@ -212,7 +224,9 @@ def copy_module(module: nn.Module) -> nn.Module:
         _uncompile(submodule, memo)
     clone = _unwrapped(clone)
     drop_observers(clone)
-    return clone.requires_grad_(False).cpu()
+    drop_hooks(clone, without)
+    clone.requires_grad_(False)
+    return clone if stand_ins is not None else clone.cpu()
 
 
 def _uncompile(module: nn.Module, memo: Mapping[int, Any]) -> None:
@@ -286,9 +300,10 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     plain = OrderedDict(_plain_names(state, loaded))
     # Versions, by which modules migrate old checkpoints; one from this run needs no migration.
     plain._metadata = getattr(loaded, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001
-    with torch.inference_mode(False), torch.no_grad():
-        nn.Module.load_state_dict(module, plain, strict=False)
-    loaded = module.state_dict()
+    if not all(_is_one(loaded.get(name), tensor) for name, tensor in plain.items()):
+        with torch.inference_mode(False), torch.no_grad():
+            nn.Module.load_state_dict(module, plain, strict=False)
+        loaded = module.state_dict()
     wrong = [
         name
         for name, tensor in plain.items()
@@ -314,7 +329,21 @@ def _plain_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[t
         yield (name if name in own else plain_name(name)), value
 
 
+def _is_one(loaded: Any, tensor: Any) -> bool:
+    """Tell whether both are the same memory."""
+    both = isinstance(loaded, torch.Tensor) and isinstance(tensor, torch.Tensor)
+    return (
+        both
+        and loaded.data_ptr() == tensor.data_ptr()
+        and loaded.dtype == tensor.dtype
+        and loaded.shape == tensor.shape
+        and loaded.stride() == tensor.stride()
+    )
+
+
 def _same(loaded: Any, tensor: torch.Tensor) -> bool:
+    if _is_one(loaded, tensor):
+        return True
     if not isinstance(loaded, torch.Tensor) or loaded.shape != tensor.shape:
         return False
     ours, theirs = loaded.detach().cpu(), tensor.detach().cpu()

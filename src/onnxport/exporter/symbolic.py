@@ -1,7 +1,7 @@
 """Optimise a graph without looking at the weights, which are different at the next checkpoint.
 
-Optimisers look at values: adding a bias of zeros is dropped, multiplying by a scale of ones too, and
-weights that are equal become one. All that is true of an untrained model and wrong soon after.
+Optimisers look at values: adding a bias of zeros is dropped, multiplying by a scale of ones too,
+and weights that are equal become one. All that is true of an untrained model and wrong soon after.
 """
 
 from __future__ import annotations

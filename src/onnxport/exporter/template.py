@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
-import torch
 
 from onnxport.errors import ExportError
 from onnxport.exporter.frontier import Piece, cut
@@ -22,6 +21,8 @@ from onnxport.exporter.tensors import elem_type_of, raw_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    import torch
 
     from onnxport.exporter.frontier import Evaluate
 
@@ -120,7 +121,7 @@ def _entry(state: Mapping[str, torch.Tensor], name: str, elem_type: int) -> torc
 
 def make_template(
     model: ir.Model,
-    weights: Mapping[str, str],
+    weights: Mapping[ir.Value, str],
     state: Mapping[str, torch.Tensor],
     evaluate: Evaluate,
 ) -> Template:
@@ -128,14 +129,14 @@ def make_template(
 
     Args:
         model: The graph with all its initializers; changed in place.
-        weights: Names of its initializers that are weights -> names in the ``state_dict``.
+        weights: Its initializers that are weights -> names in the ``state_dict``.
         state: The ``state_dict`` that the graph was exported with.
         evaluate: Runs a serialised graph: names and tensors of its inputs -> its outputs.
 
     Raises:
         ExportError: If an initializer that has the name of a weight does not hold it.
     """
-    known = {model.graph.initializers[name]: source for name, source in weights.items()}
+    known = {value: source for value, source in weights.items() if source in state}
     for value, source in known.items():
         _require_same(value, state[source])
     pieces, replaced = cut(model, known, state, evaluate)
@@ -168,7 +169,11 @@ def make_template(
 
 
 def _require_same(value: ir.Value, entry: torch.Tensor) -> None:
-    """Refuse a weight that is not the checkpoint's: a patch or the user's code has changed it."""
+    """Refuse a weight that is not the checkpoint's: a patch or the user's code has changed it.
+
+    Raises:
+        ExportError: If it is another tensor.
+    """
     tensor = value.const_value
     if tensor is None or tuple(tensor.shape.numpy()) != tuple(entry.shape):
         raise ExportError(f"The initializer {value.name!r} is not the checkpoint's weight.")
@@ -190,8 +195,8 @@ def _without_weights(
     for value in weights:
         del graph.initializers[str(value.name)]
     proto = ir.to_proto(model)
-    for value, tensor in tensors.items():
-        value.const_value = tensor
+    for value in weights:
+        value.const_value = tensors[value]
         graph.register_initializer(value)
     for place in reversed(positions):
         del proto.graph.node[place]

@@ -53,4 +53,4 @@ def item_bytes(elem_type: int) -> int:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor as ONNX stores them; nothing is copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -10,27 +10,34 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
+from onnxport.exporter.model_file import write_external, write_inline
 from onnxport.exporter.ownership import METADATA_PREFIX, is_our_report, is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    import torch
+
+    from onnxport.exporter.template import Template
     from onnxport.signature import ModelSignature, TensorSpec
 
 __all__ = [
     "EXTERNAL_DATA_BYTES",
+    "finish_graph",
     "model_files",
     "publish",
     "remove_model",
     "report_path",
     "require_replaceable",
     "staging",
-    "write_model",
+    "write_filled",
     "write_text",
+    "write_whole",
 ]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -64,48 +71,106 @@ def staging(final: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_model(
-    model: ir.Model,
-    path: Path,
-    *,
-    signature: ModelSignature,
-    metadata: Mapping[str, object],
-    weights: Mapping[str, str],
-) -> None:
-    """Write a graph with names as in the checkpoint, complete shapes and its provenance.
+def finish_graph(
+    model: ir.Model, signature: ModelSignature, weights: Mapping[str, str]
+) -> dict[ir.Value, str]:
+    """Give a graph names as in the checkpoint and complete shapes.
 
     Args:
         model: The graph; changed in place.
-        path: Where to write; external data go to ``<path>.data``.
         signature: Shapes of inputs and outputs; fills in dims that the exporter left open. Dims
             that it fixed stay, so that a wrongly fixed one is found.
-        metadata: Written to ``metadata_props`` under ``onnxport.<key>``; values that are no strings
-            as JSON.
         weights: Names of the weights in the graph -> names in the checkpoint.
 
-    Raises:
-        PublishError: If the disk does not take it.
+    Returns:
+        The initializers that are weights -> their names in the checkpoint.
     """
+    known = {
+        value: weights[name] for name, value in model.graph.initializers.items() if name in weights
+    }
     _rename_initializers(model, weights)
     _complete_shapes(model.graph.inputs, signature.inputs)
     _complete_shapes(model.graph.outputs, signature.outputs)
     model.producer_name = "onnxport"
-    for key, value in metadata.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        model.metadata_props[METADATA_PREFIX + key] = text
+    return known
+
+
+def write_whole(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
+    """Write a graph with the weights that are in it.
+
+    Args:
+        model: The graph; changed in place.
+        path: Where to write; external data go to ``<path>.data``.
+        metadata: Written to ``metadata_props`` under ``onnxport.<key>``; values that are no strings
+            as JSON.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
+    model.metadata_props.update(_props(metadata))
     size = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
         if value.const_value is not None
     )
     external = path.name + DATA_SUFFIX if size > EXTERNAL_DATA_BYTES else None
+    with _written(path):
+        ir.save(model, path, external_data=external)
+
+
+def write_filled(
+    template: Template,
+    path: Path,
+    tensors: Iterable[torch.Tensor],
+    metadata: Callable[[], Mapping[str, object]],
+) -> None:
+    """Write a template with weights; no more than one tensor is held in memory.
+
+    Args:
+        template: The template.
+        path: Where to write; external data go to ``<path>.data``.
+        tensors: One for each slot, in order.
+        metadata: Gives what is written to ``metadata_props``, see :func:`write_whole`. It is asked
+            when the weights are written, so that it may be worked out meanwhile.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
+    data = path.with_name(path.name + DATA_SUFFIX)
+    parts = (template.head, template.graph, template.slots)
+    with _written(path), path.open("wb", buffering=0) as file:
+        if template.nbytes > EXTERNAL_DATA_BYTES:
+            with data.open("wb", buffering=0) as weights:
+                write_external(file, weights, data.name, *parts, tensors)
+        else:
+            write_inline(file, *parts, tensors)
+        # A protobuf message may have its fields in any order, and be written field by field.
+        props = onnx.ModelProto()
+        onnx.helper.set_model_props(props, _props(metadata()))
+        file.write(props.SerializeToString())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Start afresh, and bring what was written to the disk.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
     try:
         path.with_name(path.name + DATA_SUFFIX).unlink(missing_ok=True)
-        ir.save(model, path, external_data=external)
+        yield
         for file in model_files(path):
             _sync(file)
     except OSError as error:
         raise PublishError(_not_written(path, error)) from error
+
+
+def _props(metadata: Mapping[str, object]) -> dict[str, str]:
+    return {
+        METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+    }
 
 
 def _rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ The same functions run inside the training process and anywhere else: nothing he
 framework, and a job holds all that is needed.
 """
 
-from onnxport.pipeline.job import ExportJob, LiveReference
+from onnxport.pipeline.job import ExportJob, GivenModule, LiveReference, ModuleSource
 from onnxport.pipeline.run import Pipeline
 
-__all__ = ["ExportJob", "LiveReference", "Pipeline"]
+__all__ = ["ExportJob", "GivenModule", "LiveReference", "ModuleSource", "Pipeline"]

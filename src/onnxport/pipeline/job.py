@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from onnxport.exporter.target import Target
     from onnxport.tree import Example
 
-__all__ = ["ExportJob", "LiveReference"]
+__all__ = ["ExportJob", "GivenModule", "LiveReference", "ModuleSource"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,36 +31,77 @@ class LiveReference:
         rtol: How far the copy may be from that, relative to the largest value; another device
             rounds differently.
         target: Name of what was run.
+        exact: Whether it ran where the model is proven, so that the error budget holds for it.
     """
 
     example: Example
     outputs: tuple[torch.Tensor, ...]
     rtol: float
     target: str = ""
+    exact: bool = False
+
+
+class ModuleSource(Protocol):
+    """Where a job's weights and, if they are needed, its module come from."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Return the checkpoint's ``state_dict``, on the CPU, to be read only."""
+        ...
+
+    def module(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Return a module on the CPU that belongs to the caller, with these weights; and warnings.
+
+        Raises:
+            Exception: Whatever goes wrong: user code runs in here.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GivenModule:
+    """A module that already is a copy.
+
+    Args:
+        given: The module, on the CPU.
+        warnings: What is known of it.
+    """
+
+    given: nn.Module
+    warnings: tuple[str, ...] = ()
+
+    def state(self) -> Mapping[str, Any]:
+        """Return the module's own ``state_dict``."""
+        state: Mapping[str, Any] = self.given.state_dict()
+        return state
+
+    def module(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Return it."""
+        return self.given, self.warnings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportJob:
-    """One module to turn into one proven model.
+    """One set of weights to turn into one proven model.
 
     Args:
-        module: A copy that belongs to the job: on the CPU, with the checkpoint's weights.
+        source: The weights, and the module that they belong to.
         examples: Calls that the target really got; the first one decides structure and rows.
         path: Final name of the model.
         options: How to export and prove.
         target: What to export of the module; ``""``: the module itself.
-        weights_sha256: Hash of the checkpoint's ``state_dict``.
         provenance: Where the weights come from.
         reference: What the live module gave, or ``None``.
-        warnings: What is already known and goes to the report.
+        fingerprint: What of the live module is no weight, see
+            :func:`onnxport.exporter.fingerprint.fingerprint`; ``None``: unknown.
+        skip: Names of rungs that are not tried: they have ended a process.
     """
 
-    module: nn.Module
+    source: ModuleSource
     examples: tuple[Example, ...]
     path: Path
     options: ExportOptions
     target: Target = ""
-    weights_sha256: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
     reference: LiveReference | None = None
-    warnings: tuple[str, ...] = ()
+    fingerprint: Mapping[str, str] | None = None
+    skip: frozenset[str] = frozenset()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from onnxport._torch_compat import DEFAULT_OPSET, export_context, fake_tensors
 from onnxport.config import PRECISIONS
@@ -27,12 +28,10 @@ from onnxport.signature import ModelSignature, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import nn
-
     from onnxport.config import ExportOptions
     from onnxport.pipeline.job import ExportJob
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "target_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +51,37 @@ MAX_TABLE = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A module in flat form, its calls, its signature and its axes."""
+    """A module in flat form, its calls, its signature and its axes.
 
+    Args:
+        root: The whole module, whose ``state_dict`` is the checkpoint's.
+        flat: What is exported of it.
+        calls: Flat calls of that.
+        signature: Inputs and outputs.
+        axes: Which axes vary.
+        warnings: What is known so far.
+        as_seen: Gives the axes as they were seen to vary.
+        dtype: What the module was cast to, or ``None``.
+    """
+
+    root: nn.Module
     flat: FlatModule
     calls: tuple[Tensors, ...]
     signature: ModelSignature
     axes: AxisPlan
     warnings: tuple[str, ...]
     as_seen: Callable[[], AxisPlan] | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> Tensors:
         """The first call with as many different rows as there are."""
         return many_rows(self.calls, self.axes)
+
+    def without_module(self) -> Plan:
+        """Return the plan with empty modules: what is kept of it must not hold weights."""
+        empty = nn.Module()
+        return replace(self, root=empty, flat=FlatModule(empty, self.flat.spec), as_seen=None)
 
     def fallbacks(self) -> Iterator[Plan]:
         """Yield plans that ask less of an exporter.
@@ -191,6 +208,20 @@ def _passing_buffers(module: nn.Module) -> list[torch.Tensor | None]:
     return [buffer for name, buffer in module._buffers.items() if name in passing]  # noqa: SLF001
 
 
+def target_of(job: ExportJob, warnings: list[str]) -> tuple[nn.Module, nn.Module]:
+    """Return a job's module and the part of it that is exported, in eval mode.
+
+    Raises:
+        ExportError: If the module is not what the live module is.
+    """
+    root, known = job.source.module()
+    warnings += known
+    evaluate(root)
+    if job.reference is not None:
+        compare_with_live(find_target(root, job.reference.target), job.reference)
+    return root, evaluate(find_target(root, job.target))
+
+
 def make_plan(job: ExportJob) -> Plan:
     """Work out names, axes and signature of a job's module.
 
@@ -199,11 +230,8 @@ def make_plan(job: ExportJob) -> Plan:
         ExportError: If the module does not run, is random in eval mode, or is not what the live
             module is.
     """
-    evaluate(job.module)
-    if job.reference is not None:
-        compare_with_live(find_target(job.module, job.reference.target), job.reference)
-    module = evaluate(find_target(job.module, job.target))
-    warnings = list(job.warnings)
+    warnings: list[str] = []
+    root, module = target_of(job, warnings)
     examples = used_parts(module, job.examples, warnings)
     dtype = _precision(module, job.options, warnings)
     if dtype is not None:
@@ -233,7 +261,9 @@ def make_plan(job: ExportJob) -> Plan:
         outputs=_specs(out_names, [tensor for _, tensor in outputs], axes.outputs),
     )
     return Plan(
+        root=root,
         flat=flat,
+        dtype=dtype,
         calls=calls,
         signature=signature,
         axes=replace(axes, warnings=()),

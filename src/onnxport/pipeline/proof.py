@@ -14,7 +14,7 @@ from onnxport.errors import ExportError, VerificationError
 from onnxport.inputs.resize import current_sizes, lower, negate, resize, scale, shuffle
 from onnxport.pipeline.runs import run_flat
 from onnxport.report import Check
-from onnxport.validation.budget import Reference, make_references
+from onnxport.validation.budget import Reference, make_references, pooled_noise
 from onnxport.validation.graph import check_graph
 from onnxport.validation.parity import compare
 from onnxport.validation.session import Session, resolve_providers
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from onnxport.config import Verify
     from onnxport.exporter.flat import FlatModule
     from onnxport.pipeline.plan import Plan
+    from onnxport.signature import ModelSignature
 
-__all__ = ["Case", "Proof"]
+__all__ = ["REAL", "Case", "Proof", "check_case"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Proof:
     Attributes:
         cases: The runs to compare.
         warnings: Sizes that PyTorch itself refuses.
+        noise: PyTorch's own relative error in each output, on real rows.
 
     Raises:
         ExportError: If PyTorch runs at none of the sizes.
@@ -80,6 +82,7 @@ class Proof:
         self._plan = plan
         self._verify = verify
         self.warnings: list[str] = []
+        self.noise: list[float] = []
         self.cases = self._make_cases()
 
     @property
@@ -105,33 +108,9 @@ class Proof:
         for provider in resolve_providers(self._verify.providers):
             session = Session(path, provider)
             for case in self.cases:
-                check = self._check(session, case, checks)
+                check = check_case(self._plan.signature, session, case, checks)
                 checks = (*checks, check)
-                if not check.ok:
-                    raise VerificationError(_disagreement(check), checks)
         return checks, opset
-
-    def _check(self, session: Session, case: Case, before: tuple[Check, ...]) -> Check:
-        signature = self._plan.signature
-        where = _where(case.sizes, case.rows)
-        try:
-            outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
-        except VerificationError as error:
-            raise VerificationError(f"At {where}, {error}", error.checks) from error
-        compared = tuple(
-            compare(spec.name, actual, reference)
-            for spec, actual, reference in zip(
-                signature.outputs, outputs, case.references, strict=True
-            )
-        )
-        return Check(
-            provider=session.provider,
-            sizes=dict(case.sizes),
-            rows=case.rows,
-            reference=case.references[0].source,
-            outputs=compared,
-            ok=all(output.ok for output in compared),
-        )
 
     # --- cases ------------------------------------------------------------------------------
 
@@ -150,6 +129,10 @@ class Proof:
         # Such rows may be out of the module's domain: their rounding says nothing of real ones.
         for rows in (REAL, *VARIANTS):
             places = [place for place, case in enumerate(kept) if case[0] == rows]
+            if rows == REAL:
+                self.noise = pooled_noise(
+                    [kept[place][2] for place in places], [doubles[place] for place in places]
+                )
             made = make_references(
                 [kept[place][2] for place in places],
                 [doubles[place] for place in places],
@@ -249,6 +232,42 @@ class Proof:
                 self.warnings.append(f"PyTorch itself refuses {where}: {type(error).__name__}.")
             logger.debug("eager run refused", exc_info=True)
             return None
+
+
+def check_case(
+    signature: ModelSignature, session: Session, case: Case, before: tuple[Check, ...]
+) -> Check:
+    """Run one case in ONNX Runtime and compare.
+
+    Args:
+        signature: Inputs and outputs.
+        session: The model.
+        case: The run.
+        before: Checks made so far, for the error.
+
+    Raises:
+        VerificationError: If it disagrees or fails, with the checks so far.
+    """
+    where = _where(case.sizes, case.rows)
+    try:
+        outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
+    except VerificationError as error:
+        raise VerificationError(f"At {where}, {error}", error.checks) from error
+    compared = tuple(
+        compare(spec.name, actual, reference)
+        for spec, actual, reference in zip(signature.outputs, outputs, case.references, strict=True)
+    )
+    check = Check(
+        provider=session.provider,
+        sizes=dict(case.sizes),
+        rows=case.rows,
+        reference=case.references[0].source,
+        outputs=compared,
+        ok=all(output.ok for output in compared),
+    )
+    if not check.ok:
+        raise VerificationError(_disagreement(check), (*before, check))
+    return check
 
 
 def _all_finite(outputs: Tensors) -> bool:

@@ -13,26 +13,33 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 
-from onnxport.errors import OnnxportError, PublishError
+from onnxport.errors import ExportError, OnnxportError, PublishError, VerificationError
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
 from onnxport.exporter.target import target_text
+from onnxport.exporter.template import StaleTemplateError, make_template
+from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
+    finish_graph,
     publish,
     remove_model,
     report_path,
     require_replaceable,
     staging,
-    write_model,
+    write_filled,
     write_text,
+    write_whole,
 )
 from onnxport.inputs.resize import current_sizes
+from onnxport.pipeline.blueprint import Blueprint, plain_state
+from onnxport.pipeline.completeness import why_incomplete
 from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import REAL, Proof
-from onnxport.report import ExportReport
-from onnxport.validation.session import runtime_version
+from onnxport.pipeline.refresh import refresh
+from onnxport.report import Attempt, ExportReport
+from onnxport.validation.session import PrepSessions, runtime_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,8 +48,9 @@ if TYPE_CHECKING:
 
     from onnxport.exporter.base import Core
     from onnxport.exporter.ladder import Rung
+    from onnxport.exporter.template import Template
     from onnxport.pipeline.job import ExportJob
-    from onnxport.report import Attempt, Check
+    from onnxport.report import Check
 
 __all__ = ["Pipeline", "read_report", "save_report"]
 
@@ -50,19 +58,24 @@ logger = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """Exports one module after the other and remembers which rung of the ladder won.
+    """Turns one set of weights after the other into models, and remembers what it has learnt.
+
+    The first is exported; the next ones get its graph with their weights, as long as that is what
+    the module computes.
 
     Args:
-        memory: Where that is remembered between runs.
+        memory: Where it is remembered between runs which rung of the ladder won.
     """
 
     def __init__(self, memory: RungMemory | None = None) -> None:
         self._memory = RungMemory() if memory is None else memory
         self._winners: dict[str, Rung] = {}
         self._reproduced = False
+        self._prep = PrepSessions()
+        self.blueprint: Blueprint | None = None
 
     def run(self, job: ExportJob) -> ExportReport:
-        """Export, prove and publish.
+        """Refresh or export, prove and publish.
 
         Returns:
             The report, also written beside the model as ``<name>.onnx.json``. If there is no proven
@@ -72,7 +85,9 @@ class Pipeline:
         seconds: dict[str, float] = {}
         try:
             require_replaceable(job.path)
-            report = self._run(job, draft, seconds)
+            report, stale = self._refresh(job, draft, seconds)
+            if report is None:
+                report = self._export(job, replace(draft, attempts=stale), seconds)
         except OnnxportError as error:
             report = replace(draft, error=str(error))
         except Exception as error:  # user code runs in here; the error is reported, see below
@@ -89,10 +104,62 @@ class Pipeline:
             save_report(report, job.path)
         return report
 
-    def _run(self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]) -> ExportReport:
-        attempts: list[Attempt] = []
+    # --- refresh ----------------------------------------------------------------------------
+
+    def _refresh(
+        self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]
+    ) -> tuple[ExportReport | None, tuple[Attempt, ...]]:
+        """Return the report of a refresh; or none, and the attempt, if there must be an export."""
+        known = self.blueprint
+        if known is None:
+            return None, ()
+        core, start = known.rung.core.name, time.perf_counter()
+        attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
+        try:
+            with staging(job.path) as staged:
+                made = refresh(
+                    known,
+                    job,
+                    staged,
+                    self._prep,
+                    lambda digest: dict(known.metadata) | _origin(job, digest),
+                    lambda stage: _timed(seconds, stage),
+                )
+                with _timed(seconds, "publish"):
+                    publish(staged, job.path)
+                    shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
+        except (StaleTemplateError, VerificationError) as error:
+            self.blueprint = None
+            reason = f"The graph of an earlier checkpoint is not right for this one: {error}"
+            took = time.perf_counter() - start
+            return None, (replace(attempt, ok=False, reason=reason, seconds=took),)
+        report = replace(
+            draft,
+            ok=True,
+            how="refresh",
+            path=str(job.path),
+            core=core,
+            opset=known.report.opset,
+            inputs=known.report.inputs,
+            outputs=known.report.outputs,
+            evidence=known.report.evidence,
+            weights_sha256=made.weights_sha256,
+            checks=made.checks,
+            warnings=tuple(dict.fromkeys((*known.report.warnings, *made.warnings))),
+            attempts=(replace(attempt, seconds=time.perf_counter() - start),),
+        )
+        return report, ()
+
+    # --- export -----------------------------------------------------------------------------
+
+    def _export(
+        self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]
+    ) -> ExportReport:
+        attempts: list[Attempt] = list(draft.attempts)
         failures: list[FailedAttempt] = []
         climbed, flat = Climb(), None
+        with _timed(seconds, "hash"):
+            draft = replace(draft, weights_sha256=weights_sha256(job.source.state()))
         for plan in _plans(job, attempts, seconds):
             if plan.flat is not flat:  # in another precision all may go otherwise
                 climbed, flat = Climb(patches=climbed.patches), plan.flat
@@ -106,20 +173,28 @@ class Pipeline:
                 warnings=(*plan.warnings, *proof.warnings),
             )
             with staging(job.path) as staged:
-                climbed, opset = self._climb(job, plan, proof, staged, seconds, climbed)
+                candidate = _Candidate(
+                    job, plan, proof, staged, seconds, self._prep, draft.weights_sha256
+                )
+                climbed = self._climb(candidate, climbed)
                 attempts += climbed.attempts
                 failures += climbed.failures
                 draft = replace(draft, attempts=tuple(attempts), checks=climbed.checks)
                 if climbed.winner is None:
                     continue
+                draft = replace(
+                    draft,
+                    core=climbed.winner.core.name,
+                    opset=candidate.opset,
+                    warnings=(*draft.warnings, *climbed.warnings),
+                )
+                with _timed(seconds, "template"):
+                    self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
                 with _timed(seconds, "publish"):
                     publish(staged, job.path)
                     shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
-            core = climbed.winner.core.name
-            warnings = (*draft.warnings, *climbed.warnings)
-            return replace(
-                draft, ok=True, path=str(job.path), core=core, opset=opset, warnings=warnings
-            )
+            warnings = (*draft.warnings, reason) if reason else draft.warnings
+            return replace(draft, ok=True, path=str(job.path), warnings=warnings)
         return replace(draft, error=_no_core(draft) + self._reproduce(job, plan, failures))
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
@@ -131,43 +206,20 @@ class Pipeline:
         self._reproduced = folder is not None
         return f" To repeat it: {folder}/reproduce.py" if folder is not None else ""
 
-    def _climb(
-        self,
-        job: ExportJob,
-        plan: Plan,
-        proof: Proof,
-        staged: Path,
-        seconds: dict[str, float],
-        before: Climb,
-    ) -> tuple[Climb, int | None]:
-        """Try the rungs on one plan; the proven model lies at ``staged`` when one won.
+    def _climb(self, candidate: _Candidate, before: Climb) -> Climb:
+        """Try the rungs on one plan; the proven model is staged when one won.
 
         What was learnt from the plan before it is not tried again.
         """
-        opset: int | None = None
-
-        def prove(rung: Rung, model: ir.Model) -> tuple[Check, ...]:
-            nonlocal opset
-            with _timed(seconds, "write"):
-                write_model(
-                    model,
-                    staged,
-                    signature=plan.signature,
-                    metadata=_metadata(job, plan, proof, rung),
-                    weights=plan.flat.weight_names(job.module),
-                )
-            with _timed(seconds, "prove"):
-                checks, opset = proof.judge(staged)
-            return checks
-
+        job, plan, seconds = candidate.job, candidate.plan, candidate.seconds
         core, key = job.options.core, model_key(plan.flat)
         first = self._winners.get(key) or self._memory.recall(key, core)
         spent = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
         with _timed(seconds, "export"):
             climbed = climb(
-                rungs(core, first),
+                [rung for rung in rungs(core, first) if rung.key not in job.skip],
                 plan.request(job.options.opset),
-                prove,
+                candidate.prove,
                 skip=before.hopeless | _wrong_as_seen(plan, before),
                 patches=before.patches,
                 trusted=first,
@@ -177,7 +229,93 @@ class Pipeline:
         if climbed.winner is not None and climbed.winner != self._winners.get(key):
             self._winners[key] = climbed.winner
             self._memory.remember(key, core, climbed.winner)
-        return climbed, opset
+        return climbed
+
+
+class _Candidate:
+    """One plan's models on their way to a proof.
+
+    Args:
+        job: The job.
+        plan: What is exported.
+        proof: Judges the models.
+        staged: Where they are written.
+        seconds: Duration of each stage, added to.
+        prep: Runs prep graphs.
+        digest: Hash of the checkpoint's ``state_dict``.
+
+    Attributes:
+        opset: Opset of the last model.
+    """
+
+    def __init__(
+        self,
+        job: ExportJob,
+        plan: Plan,
+        proof: Proof,
+        staged: Path,
+        seconds: dict[str, float],
+        prep: PrepSessions,
+        digest: str | None,
+    ) -> None:
+        self.job, self.plan, self.seconds = job, plan, seconds
+        self.opset: int | None = None
+        self._proof, self._staged, self._prep, self._digest = proof, staged, prep, digest
+        self._template: Template | None = None
+        self._why_none = ""
+
+    def prove(self, rung: Rung, model: ir.Model) -> tuple[Check, ...]:
+        """Write a model and prove it.
+
+        Raises:
+            VerificationError: If it is wrong.
+        """
+        with _timed(self.seconds, "write"):
+            self._write(rung, model)
+        with _timed(self.seconds, "prove"):
+            checks, self.opset = self._proof.judge(self._staged)
+        return checks
+
+    def _write(self, rung: Rung, model: ir.Model) -> None:
+        plan = self.plan
+        weights = finish_graph(model, plan.signature, plan.flat.weight_names(plan.root))
+        metadata = self._metadata(rung)
+        state = plain_state(plan.root.state_dict())
+        self._template, self._why_none = None, ""
+        try:
+            self._template = make_template(model, weights, state, self._prep)
+        except ExportError as error:
+            self._why_none = f"Each checkpoint of this module needs an export of its own: {error}"
+            write_whole(model, self._staged, metadata)
+            return
+        tensors = self._template.fill(state, self._prep)
+        write_filled(self._template, self._staged, tensors, lambda: metadata)
+
+    def _metadata(self, rung: Rung) -> dict[str, object]:
+        return _facts(self.job, self.plan, self._proof, rung) | _origin(self.job, self._digest)
+
+    def blueprint(self, rung: Rung, report: ExportReport) -> tuple[Blueprint | None, str]:
+        """Return what the next checkpoint needs; or none, and why it needs an export of its own."""
+        template, proof, plan = self._template, self._proof, self.plan
+        if template is None:
+            return None, self._why_none
+        small = next(case.inputs for case in proof.cases if case.rows == REAL)
+        tolerance = self.job.options.verify.tolerance
+        reason = why_incomplete(
+            template, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
+        )
+        if reason:
+            return None, reason
+        known = Blueprint.of(
+            self.job,
+            plan,
+            template,
+            rung=rung,
+            report=report,
+            noise=proof.noise,
+            metadata=_facts(self.job, plan, proof, rung),
+        )
+        return known, ""
 
 
 def _plans(
@@ -192,7 +330,8 @@ def _plans(
         text = "ONNX Runtime lacks a kernel for the weights' type: exported as float32."
         options = replace(job.options, precision="fp32")
         with _timed(seconds, "plan"):
-            plan = make_plan(replace(job, options=options, warnings=(*job.warnings, text)))
+            plan = make_plan(replace(job, options=options))
+        plan = replace(plan, warnings=(*plan.warnings, text))
         yield plan
     yield from plan.fallbacks()
 
@@ -229,24 +368,17 @@ def _draft(job: ExportJob) -> ExportReport:
         epoch=origin.epoch,
         global_step=origin.global_step,
         metrics=origin.metrics,
-        weights_sha256=job.weights_sha256,
         target=target_text(job.target),
-        warnings=job.warnings,
     )
 
 
-def _metadata(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str, object]:
-    """What the file itself says about where it comes from."""
+def _facts(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str, object]:
+    """What the file itself says about how it was made, the same for each checkpoint."""
     from onnxport import __version__
 
     specs = (*plan.signature.inputs, *plan.signature.outputs)
     known: dict[str, Any] = {
         "version": __version__,
-        "checkpoint": Path(job.provenance.checkpoint).name if job.provenance.checkpoint else None,
-        "weights_sha256": job.weights_sha256,
-        "epoch": job.provenance.epoch,
-        "global_step": job.provenance.global_step,
-        "metrics": {key: repr(value) for key, value in job.provenance.metrics.items()},
         "target": target_text(job.target) or None,
         "core": rung.core.name,
         "dynamic_axes": {spec.name: spec.dynamic_axes for spec in specs if spec.dynamic_axes},
@@ -254,6 +386,19 @@ def _metadata(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "onnxruntime": runtime_version(),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _origin(job: ExportJob, digest: str | None) -> dict[str, object]:
+    """What the file itself says about which checkpoint it is of."""
+    origin = job.provenance
+    known: dict[str, Any] = {
+        "checkpoint": Path(origin.checkpoint).name if origin.checkpoint else None,
+        "weights_sha256": digest,
+        "epoch": origin.epoch,
+        "global_step": origin.global_step,
+        "metrics": {key: repr(value) for key, value in origin.metrics.items()},
     }
     return {key: value for key, value in known.items() if value is not None}
 

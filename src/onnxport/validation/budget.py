@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from onnxport.config import Tolerance
 
-__all__ = ["Reference", "make_references"]
+__all__ = ["Reference", "make_references", "pinned_reference", "pooled_noise"]
 
 FLOOR_EPS = 32
 """The least relative budget, in units of the dtype's epsilon: PyTorch's own error may be smaller
@@ -74,7 +74,7 @@ def make_references(
     Returns:
         For each run, one reference per output.
     """
-    noise = _pooled_noise(runs, doubles)
+    noise = pooled_noise(runs, doubles)
     return [
         [
             _reference(out, None if double is None else double[place], noise[place], tolerance)
@@ -84,10 +84,18 @@ def make_references(
     ]
 
 
-def _pooled_noise(
+def pooled_noise(
     runs: Sequence[Sequence[torch.Tensor]], doubles: Sequence[Sequence[torch.Tensor] | None]
 ) -> list[float]:
-    """For each output, the largest relative error of PyTorch in any run; decisions left out."""
+    """Return the largest relative error of PyTorch in any run; decisions are left out.
+
+    Args:
+        runs: Outputs of each run, in the module's own precision.
+        doubles: Outputs of the same run in float64; ``None`` where it does not run so.
+
+    Returns:
+        For each output, dimensionless.
+    """
     noise = [0.0] * max((len(run) for run in runs), default=0)
     for run, double in zip(runs, doubles, strict=True):
         for place, (out, exact) in enumerate(zip(run, double or (), strict=False)):
@@ -104,6 +112,28 @@ def _largest_rounding(error: torch.Tensor) -> float:
     limit = max(DECISION, DECISION_RATIO * float(present.median()))
     rounding = present[present <= limit]
     return float(rounding.max()) if rounding.numel() else float(present.max())
+
+
+def pinned_reference(out: torch.Tensor, noise: float, tolerance: Tolerance) -> Reference:
+    """Make a reference of one run with other weights, where float64 is not run again.
+
+    Args:
+        out: The output; it is itself as far from float64 as PyTorch is.
+        noise: PyTorch's relative error as it was measured before.
+        tolerance: Factor of the budget, or a tolerance that replaces it.
+    """
+    budget: torch.Tensor | float
+    if tolerance.atol is not None or tolerance.rtol is not None:
+        budget = (tolerance.atol or 0.0) + (tolerance.rtol or 0.0) * _finite(out).abs()
+    elif not (out.is_floating_point() or out.is_complex()):
+        budget = 0.0
+    else:
+        eps = torch.finfo(out.dtype).eps
+        relative = (tolerance.factor + 1) * noise + FLOOR_EPS * eps
+        if noise < eps / 64:
+            relative = TABLE_EPS.get(out.dtype, 1e-3)
+        budget = relative * _magnitude(out)
+    return Reference(expected=out, exact=out, budget=budget, source="live")
 
 
 def _reference(

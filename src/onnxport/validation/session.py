@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from onnxport.report import Check
 
-__all__ = ["CPU", "Session", "require_runtime", "resolve_providers", "runtime_version"]
+__all__ = [
+    "CPU",
+    "PrepSessions",
+    "Session",
+    "require_runtime",
+    "resolve_providers",
+    "runtime_version",
+]
 
 CPU = "CPUExecutionProvider"
 _ACCELERATORS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CoreMLExecutionProvider")
@@ -90,17 +97,21 @@ class Session:
     Args:
         model: Path or serialised bytes of the model.
         provider: Execution provider, which must really be used.
+        in_place: Use the weights where they lie. By default they are laid out anew, which needs a
+            second copy of them and pays after many runs.
 
     Raises:
         VerificationError: If the model does not load, or another provider is used instead.
     """
 
-    def __init__(self, model: Path | bytes, provider: str = CPU) -> None:
+    def __init__(self, model: Path | bytes, provider: str = CPU, *, in_place: bool = False) -> None:
         ort = _runtime()
         if provider not in ort.get_available_providers():
             raise VerificationError(_not_used(provider, ort.get_available_providers()))
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
+        if in_place:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
         try:
             self._session = ort.InferenceSession(
@@ -149,6 +160,24 @@ class Session:
             raw = tensor.contiguous().view(torch.int16).numpy()
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
         return ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+
+
+class PrepSessions:
+    """Runs small graphs, and keeps a session for each of them.
+
+    Graphs of one structure are the same bytes, and share a session.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: dict[bytes, Session] = {}
+
+    def __call__(
+        self, model: bytes, names: Sequence[str], tensors: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run a serialised graph: names and tensors of its inputs -> its outputs."""
+        if model not in self._sessions:
+            self._sessions[model] = Session(model, in_place=True)
+        return self._sessions[model].run(names, tensors)
 
 
 def _not_used(provider: str, used: Sequence[str]) -> str:

@@ -1,0 +1,108 @@
+"""Read the tensors of a checkpoint's file without reading the file and without trusting it.
+
+The file is mapped: bytes come into memory when they are used. Nothing in it is executed: what is no
+tensor (hyperparameters, a datamodule's state, objects of the user's own classes) becomes an object
+that does nothing, so that no checkpoint has to be trusted and none is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import types
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from onnxport.errors import ExportError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["read_state_dict"]
+
+_REBUILDERS = frozenset(
+    {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
+)
+
+
+def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint's ``state_dict``, mapped from its file.
+
+    Writing to them changes neither the file nor what others read from it.
+
+    Args:
+        path: A file that ``torch.save`` wrote.
+        key: Where the ``state_dict`` lies in it; ``""``: it is the whole content.
+
+    Raises:
+        ExportError: If the file holds no such thing or is damaged.
+        FileNotFoundError: If it is not there.
+    """
+    try:
+        content = torch.load(
+            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
+        )
+        state = content[key] if key else content
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise ExportError(
+            f"The weights in {path} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _Inert:
+    """Stands for an object of any class: it takes everything and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return _Inert()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """Take an item."""
+
+    def extend(self, _: Any) -> None:
+        """Take items."""
+
+    def add(self, _: Any) -> None:
+        """Take a member."""
+
+
+class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - finds nothing that could do anything
+    """Finds torch's functions that make tensors; everything else is inert."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "collections" and name == "OrderedDict":
+            return OrderedDict
+        if module == "torch._utils" and name in _REBUILDERS:
+            return getattr(torch._utils, name)  # noqa: SLF001 - what torch.save writes down
+        if module in {"torch", "torch.storage"}:
+            value = getattr(torch if module == "torch" else torch.storage, name, None)
+            storage = isinstance(value, type) and name.endswith("Storage")
+            if storage or isinstance(value, torch.dtype) or name in {"Size", "device"}:
+                return value
+        return _Inert
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+_inert_pickle: Any = types.SimpleNamespace(
+    Unpickler=_InertUnpickler, load=_load, __name__="onnxport's inert pickle"
+)

@@ -1,0 +1,109 @@
+"""Whether a template really holds all that depends on the weights: tried with other weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from onnxport.errors import VerificationError
+from onnxport.exporter.module_state import plain_name
+from onnxport.exporter.writer import write_filled
+from onnxport.pipeline.proof import REAL, Case, check_case
+from onnxport.pipeline.runs import run_flat
+from onnxport.validation.budget import pinned_reference
+from onnxport.validation.session import CPU, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from onnxport.config import Tolerance
+    from onnxport.exporter.frontier import Evaluate
+    from onnxport.exporter.template import Template
+    from onnxport.pipeline.plan import Plan
+
+__all__ = ["why_incomplete"]
+
+logger = logging.getLogger(__name__)
+
+LEAST, MOST = 1.005, 1.02
+"""By what weights are multiplied: signs and orders of size stay, what was kept of the old shows."""
+
+AMPLIFIED = 4.0
+"""Other weights may amplify rounding more than those that were measured."""
+
+
+def why_incomplete(
+    template: Template,
+    plan: Plan,
+    inputs: Sequence[torch.Tensor],
+    noise: Sequence[float],
+    tolerance: Tolerance,
+    folder: Path,
+    evaluate: Evaluate,
+) -> str:
+    """Fill a template with weights that are a little different, and compare with the module.
+
+    A number that Python took of a weight while exporting, or a weight that a patch changed, is in
+    the graph for good. No list of initializers shows that; other weights do.
+
+    Args:
+        template: The template of a model that was proven with the module's own weights.
+        plan: The module and its axes.
+        inputs: A call to run.
+        noise: PyTorch's own relative error in each output.
+        tolerance: Factor of the budget.
+        folder: Where the model for this test may lie.
+        evaluate: Runs prep graphs.
+
+    Returns:
+        Why the template is of no use for other weights, or ``""``. Where the module does not run
+        with such weights nothing is known, and ``""`` is returned: each refresh is proven anyway.
+    """
+    signature = plan.signature
+    try:
+        root, flat = copy.deepcopy((plan.root, plan.flat))
+        _nudge(root)
+        outputs = run_flat(flat, inputs, isolate=True)
+    except Exception:
+        logger.debug("The module does not run with other weights.", exc_info=True)
+        return ""
+    floats = all(out.is_floating_point() and bool(out.isfinite().all()) for out in outputs)
+    if not floats:
+        return ""  # a decision may be another one by rounding alone
+    path = folder / "completeness.onnx"
+    state = {plain_name(name): value for name, value in root.state_dict().items()}
+    write_filled(template, path, template.fill(state, evaluate), dict)
+    case = Case(
+        sizes={},
+        rows=REAL,
+        inputs=tuple(inputs),
+        references=tuple(
+            pinned_reference(out, AMPLIFIED * each, tolerance)
+            for out, each in zip(outputs, noise, strict=True)
+        ),
+    )
+    try:
+        check_case(signature, Session(path, CPU, in_place=True), case, ())
+    except VerificationError as error:
+        logger.debug("The template is incomplete: %s", error)
+        return (
+            "Each checkpoint of this module needs an export of its own: the graph holds something "
+            "that was computed from the weights in Python, or changed by a patch."
+        )
+    return ""
+
+
+def _nudge(module: nn.Module) -> None:
+    """Make all persistent floating-point tensors of a copy a little larger."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                factor = torch.rand(tensor.shape, generator=generator) * (MOST - LEAST) + LEAST
+                tensor.copy_(tensor * factor.to(tensor.dtype))

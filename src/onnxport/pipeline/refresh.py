@@ -1,0 +1,197 @@
+"""A new checkpoint in a graph that is already there: fill in, prove, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from onnxport.errors import VerificationError
+from onnxport.exporter.model_file import mapped_twin
+from onnxport.exporter.weights import weights_sha256
+from onnxport.exporter.writer import EXTERNAL_DATA_BYTES, write_filled
+from onnxport.inputs.resize import current_sizes, take
+from onnxport.pipeline.blueprint import plain_state
+from onnxport.pipeline.plan import target_of
+from onnxport.pipeline.proof import REAL, Case, Proof, check_case
+from onnxport.tree import flatten, same_structure
+from onnxport.validation.budget import pinned_reference
+from onnxport.validation.session import Session, resolve_providers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from onnxport.exporter.frontier import Evaluate
+    from onnxport.pipeline.blueprint import Blueprint
+    from onnxport.pipeline.job import ExportJob
+    from onnxport.report import Check
+
+__all__ = ["Refreshed", "refresh"]
+
+logger = logging.getLogger(__name__)
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refreshed:
+    """What came of a refresh.
+
+    Args:
+        checks: The proof.
+        weights_sha256: Hash of the checkpoint's ``state_dict``.
+        warnings: What the user should know besides what was known at the export.
+    """
+
+    checks: tuple[Check, ...]
+    weights_sha256: str
+    warnings: tuple[str, ...] = ()
+
+
+def refresh(
+    blueprint: Blueprint,
+    job: ExportJob,
+    staged: Path,
+    evaluate: Evaluate,
+    metadata: Callable[[str], Mapping[str, object]],
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> Refreshed:
+    """Write a model with a checkpoint's weights and prove it.
+
+    Args:
+        blueprint: What is known from an export of the same module.
+        job: The checkpoint.
+        staged: Where to write.
+        evaluate: Runs prep graphs.
+        metadata: Gives what the file says of itself, for the hash of the weights.
+        timed: Measures a stage.
+
+    Raises:
+        StaleTemplateError: If the module has changed its shape since the export.
+        VerificationError: If the model is not what the module computes now.
+        PublishError: If the disk does not take it.
+    """
+    with timed("refresh"), ThreadPoolExecutor(1) as pool:
+        state = job.source.state()
+        blueprint.require_fit(job, state)
+        digest = pool.submit(weights_sha256, state)
+        write_filled(
+            blueprint.template,
+            staged,
+            blueprint.template.fill(plain_state(state), evaluate),
+            lambda: metadata(digest.result()),
+        )
+        del state  # mapped memory counts as long as it is mapped
+    with timed("prove"):
+        checks, warnings = _prove(blueprint, job, staged)
+    return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings)
+
+
+def _prove(
+    blueprint: Blueprint, job: ExportJob, staged: Path
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Compare with what the live module gave; if that says too little or no, with the module."""
+    if not blueprint.changed(job):
+        try:
+            checks = _judge(blueprint, job, staged, tuple(_live_cases(blueprint, job)))
+        except VerificationError:
+            logger.debug("The quick proof failed: the module is asked.", exc_info=True)
+            checks = ()
+        if checks:
+            return checks, ()
+    warnings: list[str] = []
+    proof = Proof(blueprint.plan_for(*target_of(job, warnings)), job.options.verify)
+    checks = _judge(blueprint, job, staged, proof.cases)
+    blueprint.accept(job)
+    return checks, (*warnings, *proof.warnings)
+
+
+def _judge(
+    blueprint: Blueprint, job: ExportJob, staged: Path, cases: Sequence[Case]
+) -> tuple[Check, ...]:
+    """Run the file in ONNX Runtime, its weights where they lie."""
+    checks: tuple[Check, ...] = ()
+    twin = staged.with_name(f"{staged.name}.twin")
+    inside = blueprint.template.nbytes <= EXTERNAL_DATA_BYTES
+    try:
+        if inside:
+            twin.write_bytes(mapped_twin(staged))
+        for provider in resolve_providers(job.options.verify.providers):
+            session = Session(twin if inside else staged, provider, in_place=True)
+            for case in cases:
+                check = check_case(blueprint.plan.signature, session, case, checks)
+                checks = (*checks, check)
+    finally:
+        twin.unlink(missing_ok=True)
+    return checks
+
+
+def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
+    """Yield what the live module says of this checkpoint: its rows, one of them, and all repeated.
+
+    Where each row keeps its result in any batch, which the export has shown, the rows of one run
+    say what comes out at every batch size. Nothing is yielded where the run says nothing of the
+    model itself: on another device, in another precision, of another function.
+    """
+    reference, plan = job.reference, blueprint.plan
+    if reference is None or not reference.exact or plan.dtype is not None:
+        return
+    if not isinstance(job.target, str) or reference.target != job.target:
+        return
+    spec, found = flatten((reference.example.args, dict(reference.example.kwargs)))
+    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in reference.outputs]
+    if not same_structure(spec, blueprint.spec) or kinds != [
+        each.dtype for each in plan.signature.outputs
+    ]:
+        return
+    inputs, outputs = tuple(tensor for _, tensor in found), reference.outputs
+    yield _case(blueprint, job, inputs, outputs)
+    rows = _rows(blueprint, inputs)
+    if rows is None:
+        return
+    for index in ([0], [*range(rows), *range(rows), 0]):
+        places = torch.tensor(index)
+        yield _case(
+            blueprint,
+            job,
+            _indexed(inputs, plan.axes.inputs, plan.axes.batches, places),
+            _indexed(outputs, plan.axes.outputs, plan.axes.batches, places),
+        )
+
+
+def _rows(blueprint: Blueprint, inputs: Tensors) -> int | None:
+    """Return how many rows a call has, if every output follows them one by one."""
+    axes = blueprint.plan.axes
+    sizes = current_sizes(inputs, axes.inputs)
+    counts = {sizes[name] for name in axes.batches}
+    derived = {name for dims in axes.outputs for name in dims.values()} - set(axes.names)
+    return counts.pop() if axes.independent and len(counts) == 1 and not derived else None
+
+
+def _indexed(
+    tensors: Tensors,
+    axes: Sequence[Mapping[int, str]],
+    batches: Sequence[str],
+    places: torch.Tensor,
+) -> Tensors:
+    return tuple(
+        take(tensor, [axis for axis, name in dims.items() if name in batches], places)
+        for tensor, dims in zip(tensors, axes, strict=True)
+    )
+
+
+def _case(blueprint: Blueprint, job: ExportJob, inputs: Tensors, outputs: Tensors) -> Case:
+    return Case(
+        sizes=current_sizes(inputs, blueprint.plan.axes.inputs),
+        rows=REAL,
+        inputs=inputs,
+        references=tuple(
+            pinned_reference(tensor, noise, job.options.verify.tolerance)
+            for tensor, noise in zip(outputs, blueprint.noise, strict=True)
+        ),
+    )
