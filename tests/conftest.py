@@ -48,6 +48,13 @@ def _own_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(autouse=True)
+def _inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A worker's start takes seconds; what is not about the worker needs none.
+    if request.node.get_closest_marker("worker") is None:
+        monkeypatch.setenv("ONNXPORT_BACKGROUND", "0")
+
+
+@pytest.fixture(autouse=True)
 def _no_environment_leak() -> Iterator[None]:
     before = dict(os.environ)
     yield

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from onnxport.api import export, verify
     from onnxport.callbacks.cadence import Cadence
     from onnxport.callbacks.lightning import OnnxExport
-    from onnxport.config import Inputs, MLflow, Tolerance, Verify
+    from onnxport.config import Background, Inputs, MLflow, Tolerance, Verify
     from onnxport.errors import (
         ConfigurationError,
         ExportError,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PublishError,
         TrackingError,
         VerificationError,
+        WorkerError,
     )
     from onnxport.exporter.weights import weights_sha256
     from onnxport.report import Check, ExportReport
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Background",
     "Cadence",
     "Check",
     "ConfigurationError",
@@ -48,6 +50,7 @@ __all__ = [
     "TrackingError",
     "VerificationError",
     "Verify",
+    "WorkerError",
     "__version__",
     "export",
     "verify",
@@ -58,7 +61,7 @@ _HOMES = {
     "onnxport.api": ("export", "verify"),
     "onnxport.callbacks.cadence": ("Cadence",),
     "onnxport.callbacks.lightning": ("OnnxExport",),
-    "onnxport.config": ("Inputs", "MLflow", "Tolerance", "Verify"),
+    "onnxport.config": ("Background", "Inputs", "MLflow", "Tolerance", "Verify"),
     "onnxport.errors": (
         "ConfigurationError",
         "ExportError",
@@ -68,6 +71,7 @@ _HOMES = {
         "PublishError",
         "TrackingError",
         "VerificationError",
+        "WorkerError",
     ),
     "onnxport.exporter.weights": ("weights_sha256",),
     "onnxport.report": ("Check", "ExportReport"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
+    "Background",
     "CoreName",
     "ExportOptions",
     "Inputs",
@@ -28,6 +29,7 @@ CORES: tuple[str, ...] = ("auto", "dynamo", "trace", "script", "torchscript")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp64")
 POLICIES: tuple[str, ...] = ("best", "all", "end")
 MIN_OPSET = 11
+MAX_NICENESS = 19
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -139,6 +141,54 @@ class Verify:
                 raise ConfigurationError(
                     f"Verify(sizes=) must hold batch sizes of at least 1, got {self.sizes!r}."
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Background:
+    """How the worker processes live in which models are made beside training.
+
+    Args:
+        max_workers: How many there may be; more than one is of use for several targets.
+        threads: Threads of each; training keeps the others.
+        niceness: Added to the priority number, 0 to 19; 19: a worker runs when nobody else wants
+            to.
+        memory_gb: What each may allocate, in GiB, beside mapped files; ``None``: no limit. An
+            export that needs more fails, and training does not notice.
+        stage_timeout_s: A worker that says nothing for so long is ended, in seconds; what it tried
+            is not tried again.
+        drain_s: How long the end of ``fit`` waits for models that are not finished, in seconds.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+
+    Example:
+        >>> Background(drain_s=60).max_workers
+        1
+    """
+
+    max_workers: int = 1
+    threads: int = 1
+    niceness: int = 19
+    memory_gb: float | None = None
+    stage_timeout_s: float = 1800.0
+    drain_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_workers", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    f"Background({name}=) must be at least 1, got {getattr(self, name)!r}."
+                )
+        if not 0 <= self.niceness <= MAX_NICENESS:
+            raise ConfigurationError(
+                f"Background(niceness=) must be 0 to {MAX_NICENESS}, got {self.niceness!r}."
+            )
+        for name in ("memory_gb", "stage_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigurationError(f"Background({name}=) must be above 0, got {value!r}.")
+        if not self.drain_s >= 0:
+            raise ConfigurationError(f"Background(drain_s=) must be >= 0, got {self.drain_s!r}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

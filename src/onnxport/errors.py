@@ -22,6 +22,7 @@ __all__ = [
     "PublishError",
     "TrackingError",
     "VerificationError",
+    "WorkerError",
 ]
 
 
@@ -75,6 +76,10 @@ class VerificationError(OnnxportError, RuntimeError):
 
 class PublishError(OnnxportError, RuntimeError):
     """A proven model could not be written under its final name."""
+
+
+class WorkerError(OnnxportError, RuntimeError):
+    """The worker process died, hung, or was ended before it had made a model."""
 
 
 class TrackingError(OnnxportError, RuntimeError):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxport.config import MLflow
+from onnxport.config import Background, MLflow
 from onnxport.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from onnxport.exporter.target import Target
 
-__all__ = ["AnyTarget", "read_mlflow", "read_targets"]
+__all__ = [
+    "AnyTarget",
+    "Preflight",
+    "read_background",
+    "read_mlflow",
+    "read_preflight",
+    "read_targets",
+]
 
 AnyTarget = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]] | None
 """One target, or several by name; ``None``: found by watching."""
@@ -73,3 +82,45 @@ def read_mlflow(
 
         require_mlflow()
     return ("always" if eager else "auto"), options
+
+
+BACKGROUND_VARIABLE = "ONNXPORT_BACKGROUND"
+"""Environment variable; ``0``: make models in the training process unless the code says how."""
+
+Preflight = Literal["warn", "raise"] | None
+"""What a module that does not export leads to before there is a checkpoint; ``None``: not tried."""
+
+
+def read_background(background: bool | Background) -> Background | None:
+    """Return how the worker lives; ``None``: there is none.
+
+    Raises:
+        ConfigurationError: If it is none of the choices.
+    """
+    if isinstance(background, Background):
+        return background
+    if background is not True and background is not False:
+        raise ConfigurationError(
+            f"background must be True, False or Background(...); got {background!r}."
+        )
+    wanted = background and os.environ.get(BACKGROUND_VARIABLE) != "0"
+    # Weights and sockets are handed over as only Unix can.
+    return Background() if wanted and hasattr(socket, "AF_UNIX") else None
+
+
+def read_preflight(
+    preflight: bool | Literal["raise"] | None, background: Background | None
+) -> Preflight:
+    """Return what happens when the export before the first checkpoint fails.
+
+    Raises:
+        ConfigurationError: If it is none of the choices.
+    """
+    if preflight not in {True, False, None, "raise"}:
+        raise ConfigurationError(
+            f"preflight must be True, False, None or 'raise'; got {preflight!r}."
+        )
+    if preflight == "raise":
+        return "raise"
+    wanted = background is not None if preflight is None else preflight
+    return "warn" if wanted else None

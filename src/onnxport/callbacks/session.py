@@ -8,7 +8,9 @@ of its methods raises: failures are reported, and handed out by :meth:`ExportSes
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from bisect import bisect
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,20 +22,16 @@ from onnxport.api import read_examples
 from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
+from onnxport.callbacks.runner import InlineRunner
 from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.fingerprint import fingerprint
-from onnxport.exporter.module_state import (
-    copy_module,
-    evaluate,
-    plain_name,
-    preserved_rng,
-)
+from onnxport.exporter.module_state import copy_module, evaluate, plain_name, preserved_rng
 from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
-from onnxport.pipeline import ExportJob, Pipeline
+from onnxport.pipeline import ExportJob
 from onnxport.pipeline.run import save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
 
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from onnxport.callbacks.runner import Finished, Runner
     from onnxport.config import ExportOptions
     from onnxport.exporter.target import Target
     from onnxport.tracking.base import Tracker
@@ -63,10 +62,12 @@ class Saved:
         state: The checkpoint's ``state_dict``.
         path: Where the model goes.
         origin: Where the weights come from.
+        file: A file that holds the ``state_dict`` as ``torch.save`` writes it, or ``None``.
     """
 
     state: Mapping[str, Any]
     path: Path
+    file: Path | None = None
     origin: Provenance = field(default_factory=Provenance)
 
 
@@ -81,9 +82,11 @@ class ExportSession:
         is_redirected: See :class:`~onnxport.inputs.observe.Observer`.
         fallback: Gives an example when no call was observed, or ``None``.
         say: Tells the user one line per model.
+        runner: Where models are made; default: here.
 
     Attributes:
         reports: One report per attempted checkpoint, in order.
+        preflight: The report of the trial before the first checkpoint, when there was one.
 
     Raises:
         ConfigurationError: If the target does not exist.
@@ -99,15 +102,22 @@ class ExportSession:
         is_redirected: Callable[[nn.Module], bool] = lambda _: False,
         fallback: Callable[[], Any] = lambda: None,
         say: Callable[[str], None] = logger.info,
+        runner: Runner | None = None,
     ) -> None:
         self.reports: list[ExportReport] = []
+        self.preflight: ExportReport | None = None
         self._module = module
         self._options = options
         self._target = target
         self._tracker = tracker
         self._fallback = fallback
         self._say = say
-        self._pipeline = Pipeline()
+        self._runner = InlineRunner() if runner is None else runner
+        self._lock = threading.Lock()
+        self._order: list[int] = []
+        self._begun = 0
+        self._small: Example | None = None
+        self._preflight_begun = False
         self._failure: ExportError | None = None
         self._told: set[str] = set()
         self._reference = Reference(module)
@@ -152,21 +162,93 @@ class ExportSession:
         if self._observer.choose() is not None:
             self._observer.stop()
 
-    def saved(self, saved: Saved) -> ExportReport:
-        """Weights were saved: export, prove, publish and track them."""
+    def saved(self, saved: Saved) -> None:
+        """Weights were saved: export, prove, publish and track them, now or soon."""
         start = time.perf_counter()
-        with self._unobserved(), unobserved():
-            report = self._export(saved)
-        report = self._track(report, saved.origin, last=False)
-        self._keep(report, time.perf_counter() - start)
-        return report
+        place = self._next_place()
+        stall: list[float] = []
+
+        def finished(report: ExportReport | None, example: Example | None) -> None:
+            self._small = example or self._small
+            if report is None:
+                logger.debug("%s is gone; it gets no model.", saved.path)
+                return
+            seconds = {"total": time.perf_counter() - start} | (
+                {"stall": stall[0]} if stall else {}
+            )
+            if report.ok and not saved.path.exists():
+                self._keep(report, seconds, place)  # it was removed with its checkpoint meanwhile
+                return
+            report = self._track(report, saved.origin, last=False)
+            self._keep(report, seconds, place)
+
+        self._begin(saved, finished)
+        stall.append(time.perf_counter() - start)
 
     def dry_run(self, saved: Saved) -> None:
         """Prove that the module exports; the report names no file, nothing is tracked."""
         start = time.perf_counter()
-        with self._unobserved(), unobserved():
-            report = self._export(saved)
-        self._keep(replace(report, path=None), time.perf_counter() - start)
+        place = self._next_place()
+
+        def finished(report: ExportReport | None, _: Example | None) -> None:
+            if report is not None:
+                self._keep(report, {"total": time.perf_counter() - start}, place)
+
+        self._begin(saved, finished, publish=False)
+
+    def try_early(self, saved: Saved, failed: Callable[[str], None]) -> None:
+        """Prove that the module exports, as soon as calls were seen; once.
+
+        Args:
+            saved: The weights as they are, and where a model would go.
+            failed: Called, perhaps by another thread, with the reason if it does not export.
+        """
+        if self._preflight_begun or self._observer.choose() is None:
+            return
+        self._preflight_begun = True
+
+        def finished(report: ExportReport | None, example: Example | None) -> None:
+            self._small = example or self._small
+            self.preflight = report
+            if report is not None and not report.ok:
+                failed(report.error or "it does not export")
+
+        self._begin(saved, finished, publish=False)
+
+    @property
+    def awaits_trial(self) -> bool:
+        """Whether calls were seen and the module was not tried yet."""
+        return not self._preflight_begun and self._observer.choose() is not None
+
+    def _begin(self, saved: Saved, finished: Finished, *, publish: bool = True) -> None:
+        """Hand a job to the runner; what goes wrong on the way there is a failed report."""
+        try:
+            with self._unobserved(), unobserved():
+                job, live = self._job(saved)
+                self._runner.run(replace(job, publish=publish), live, saved.file, finished)
+        except Exception as error:
+            logger.debug("The export could not start", exc_info=True)
+            text = (
+                str(error)
+                if isinstance(error, OnnxportError)
+                else f"{type(error).__name__}: {error}"
+            )
+            report = ExportReport(
+                ok=False,
+                checkpoint=saved.origin.checkpoint,
+                epoch=saved.origin.epoch,
+                global_step=saved.origin.global_step,
+                metrics=saved.origin.metrics,
+                error=text,
+            )
+            if publish:
+                self.removed(saved.path)
+                save_report(report, saved.path)
+            finished(report, None)
+
+    def _next_place(self) -> int:
+        self._begun += 1
+        return self._begun
 
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
@@ -178,7 +260,7 @@ class ExportSession:
             metrics=origin.metrics,
             error=error,
         )
-        self._keep(report, 0.0)
+        self._keep(report, {"total": 0.0}, self._next_place())
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
         """A checkpoint was removed: remove its model.
@@ -187,12 +269,34 @@ class ExportSession:
             path: The model; files that are none of ours stay.
             checkpoint: If given, the model of another checkpoint stays, too.
         """
+        self._runner.forget(path)
         if checkpoint is not None and not is_model_of(path, Path(checkpoint)):
             return
         try:
             remove_model(path)
         except OSError as error:
             logger.warning("%s was not removed with its checkpoint: %s", path, error)
+
+    def drain(self, limit_s: float, tell: Callable[[list[str]], None] = lambda _: None) -> None:
+        """Wait for the models that are not finished.
+
+        Args:
+            limit_s: How long at most, in seconds.
+            tell: Called now and then with what is being done for each of them.
+        """
+        self._observer.stop()
+        for path in self._runner.wait(limit_s, tell):
+            text = (
+                f"{path} was not finished within the {limit_s:.0f} s that the end of training "
+                "waits (Background(drain_s=)). The next fit with this checkpoint folder makes it."
+            )
+            logger.warning(text)
+            self._keep(ExportReport(ok=False, error=text), {"total": limit_s}, self._next_place())
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What is being done for each model that is not finished."""
+        return self._runner.unfinished()
 
     def finish(self, best: Path | None = None, *, failed: bool = False) -> None:
         """Training is over: finish tracking, and remove all hooks.
@@ -225,37 +329,18 @@ class ExportSession:
 
     # --- the work ---------------------------------------------------------------------------
 
-    def _export(self, saved: Saved) -> ExportReport:
-        try:
-            return self._pipeline.run(self._job(saved))
-        except Exception as error:
-            logger.debug("The export could not start", exc_info=True)
-            text = (
-                str(error)
-                if isinstance(error, OnnxportError)
-                else f"{type(error).__name__}: {error}"
-            )
-            report = ExportReport(
-                ok=False,
-                checkpoint=saved.origin.checkpoint,
-                epoch=saved.origin.epoch,
-                global_step=saved.origin.global_step,
-                metrics=saved.origin.metrics,
-                error=text,
-            )
-            self.removed(saved.path)
-            save_report(report, saved.path)
-            return report
-
-    def _job(self, saved: Saved) -> ExportJob:
+    def _job(self, saved: Saved) -> tuple[ExportJob, LiveModule]:
         watched = self._target if isinstance(self._target, str) else self._observer.choose() or ""
         observed = self._observed(watched)
         examples = self._given() or observed or self._from_fallback()
         # Of what wraps the module, the module's own calls are compared.
         runs = observed if callable(self._target) else examples
+        if self._small is not None and runs:
+            runs = (self._small,)
         reference, idle = self._reference.run(watched, runs, saved.state)
-        return ExportJob(
-            source=LiveModule(self._module, saved.state, tuple(idle)),
+        live = LiveModule(self._module, saved.state, tuple(idle))
+        job = ExportJob(
+            source=live,
             examples=examples,
             path=saved.path,
             options=self._options,
@@ -264,6 +349,7 @@ class ExportSession:
             reference=reference,
             fingerprint=fingerprint(self._module),
         )
+        return job, live
 
     def _given(self) -> tuple[Example, ...]:
         given = self._options.inputs.example
@@ -286,7 +372,7 @@ class ExportSession:
         except BaseException:  # Ctrl-C: what was begun is found and completed by the next try
             record = TrackingRecord(uri="", missing="publishing was interrupted")
             if report not in self.reports:
-                self.reports.append(report.with_tracking(record))
+                self._keep(report.with_tracking(record), {}, self._next_place())
             raise
         save_report(tracked, Path(str(report.path)))
         return tracked
@@ -295,9 +381,13 @@ class ExportSession:
         tracking = self.reports[place].tracking
         return tracking is not None and bool(tracking.missing)
 
-    def _keep(self, report: ExportReport, seconds: float) -> None:
-        report = replace(report, seconds=report.seconds | {"total": round(seconds, 4)})
-        self.reports.append(report)
+    def _keep(self, report: ExportReport, seconds: Mapping[str, float], place: int) -> None:
+        times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
+        report = replace(report, seconds=times)
+        with self._lock:  # models may be finished in another order than they were begun
+            index = bisect(self._order, place)
+            self._order.insert(index, place)
+            self.reports.insert(index, report)
         if report.ok:
             self._say(_success_line(report))
             self._tell(report)
@@ -341,8 +431,9 @@ def _observer(
 def _success_line(report: ExportReport) -> str:
     dims = sorted({dim for axes in report.dynamic_axes.values() for dim in axes.values()})
     target = f", target {report.target!r}" if report.target else ""
+    how = f"{report.core}, refreshed" if report.how == "refresh" else report.core
     return (
-        f"onnxport: {report.path or 'dry run'} proven ({report.core}{target}, dynamic: "
+        f"onnxport: {report.path or 'dry run'} proven ({how}{target}, dynamic: "
         f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
         f"{report.seconds['total']:.1f} s)"
     )

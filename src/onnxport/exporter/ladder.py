@@ -124,6 +124,7 @@ def climb(
     skip: Collection[Core] = (),
     patches: frozenset[str] = frozenset(),
     trusted: Rung | None = None,
+    announce: Callable[[Rung], None] = lambda _: None,
 ) -> Climb:
     """Export in one way after the other until a model passes the proof.
 
@@ -138,6 +139,7 @@ def climb(
         skip: Cores that are known to fail.
         patches: Patches whose symptom was seen before.
         trusted: A rung that won before: what its trace keeps was weighed then.
+        announce: Called with each rung before it is tried.
 
     Returns:
         The winner or ``None``, the attempts and why each failed.
@@ -156,6 +158,7 @@ def climb(
     for place, rung in enumerate(ladder):
         if not may_help(rung):
             continue
+        announce(rung)
         tried, error = _attempt_with_patches(rung, request, prove, climbed)
         if error is not None:
             continue

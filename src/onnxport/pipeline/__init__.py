@@ -4,7 +4,24 @@ The same functions run inside the training process and anywhere else: nothing he
 framework, and a job holds all that is needed.
 """
 
-from onnxport.pipeline.job import ExportJob, GivenModule, LiveReference, ModuleSource
+from onnxport.pipeline.job import (
+    CheckpointGoneError,
+    ExportJob,
+    GivenModule,
+    LiveReference,
+    ModuleMissingError,
+    ModuleSource,
+    SourceLostError,
+)
 from onnxport.pipeline.run import Pipeline
 
-__all__ = ["ExportJob", "GivenModule", "LiveReference", "ModuleSource", "Pipeline"]
+__all__ = [
+    "CheckpointGoneError",
+    "ExportJob",
+    "GivenModule",
+    "LiveReference",
+    "ModuleMissingError",
+    "ModuleSource",
+    "Pipeline",
+    "SourceLostError",
+]

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from onnxport.exporter.target import Target
     from onnxport.tree import Example
 
-__all__ = ["ExportJob", "GivenModule", "LiveReference", "ModuleSource"]
+__all__ = [
+    "CheckpointGoneError",
+    "ExportJob",
+    "GivenModule",
+    "LiveReference",
+    "ModuleMissingError",
+    "ModuleSource",
+    "SourceLostError",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +49,23 @@ class LiveReference:
     exact: bool = False
 
 
+class SourceLostError(Exception):
+    """Raised by a source where there is nothing to report: the job is not to be done here."""
+
+
+class CheckpointGoneError(SourceLostError):
+    """The checkpoint was removed, or another one has its name."""
+
+
+class ModuleMissingError(SourceLostError):
+    """The module is needed, and it is in another process."""
+
+
 class ModuleSource(Protocol):
-    """Where a job's weights and, if they are needed, its module come from."""
+    """Where a job's weights and, if they are needed, its module come from.
+
+    Either method may raise :class:`SourceLostError`.
+    """
 
     def state(self) -> Mapping[str, Any]:
         """Return the checkpoint's ``state_dict``, on the CPU, to be read only."""
@@ -94,6 +117,7 @@ class ExportJob:
         fingerprint: What of the live module is no weight, see
             :func:`onnxport.exporter.fingerprint.fingerprint`; ``None``: unknown.
         skip: Names of rungs that are not tried: they have ended a process.
+        publish: Whether a proven model gets its name; if not, nothing is left of it.
     """
 
     source: ModuleSource
@@ -105,3 +129,4 @@ class ExportJob:
     reference: LiveReference | None = None
     fingerprint: Mapping[str, str] | None = None
     skip: frozenset[str] = frozenset()
+    publish: bool = True

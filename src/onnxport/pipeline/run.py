@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +34,16 @@ from onnxport.exporter.writer import (
 from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint import Blueprint, plain_state
 from onnxport.pipeline.completeness import why_incomplete
+from onnxport.pipeline.job import SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
+from onnxport.pipeline.stopwatch import Stopwatch
 from onnxport.report import Attempt, ExportReport
 from onnxport.validation.session import PrepSessions, runtime_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import onnx_ir as ir
 
@@ -65,6 +66,10 @@ class Pipeline:
 
     Args:
         memory: Where it is remembered between runs which rung of the ladder won.
+
+    Attributes:
+        blueprint: What is known of the last export, or ``None``: the next one is an export.
+        tell: Called when a stage begins, with its name and the rung that is tried, if any.
     """
 
     def __init__(self, memory: RungMemory | None = None) -> None:
@@ -73,6 +78,7 @@ class Pipeline:
         self._reproduced = False
         self._prep = PrepSessions()
         self.blueprint: Blueprint | None = None
+        self.tell: Callable[[str, str | None], None] = lambda _, __: None
 
     def run(self, job: ExportJob) -> ExportReport:
         """Refresh or export, prove and publish.
@@ -80,20 +86,28 @@ class Pipeline:
         Returns:
             The report, also written beside the model as ``<name>.onnx.json``. If there is no proven
             model, ``ok`` is false, ``error`` says why, and an older model of this name is gone.
+
+        Raises:
+            SourceLostError: If the job is not to be done here; nothing is left of it.
         """
         draft = _draft(job)
-        seconds: dict[str, float] = {}
+        watch = Stopwatch(self.tell)
         try:
             require_replaceable(job.path)
-            report, stale = self._refresh(job, draft, seconds)
+            report, stale = self._refresh(job, draft, watch)
             if report is None:
-                report = self._export(job, replace(draft, attempts=stale), seconds)
+                report = self._export(job, replace(draft, attempts=stale), watch)
+        except SourceLostError:
+            raise
         except OnnxportError as error:
             report = replace(draft, error=str(error))
         except Exception as error:  # user code runs in here; the error is reported, see below
             logger.exception("Exporting %s failed unexpectedly", job.path)
             report = replace(draft, error=f"{type(error).__name__}: {error}")
-        report = replace(report, seconds={key: round(value, 4) for key, value in seconds.items()})
+        seconds = {key: round(value, 4) for key, value in watch.seconds.items()}
+        report = replace(report, seconds=seconds)
+        if not job.publish:
+            return replace(report, path=None)
         if report.ok:
             try:
                 _write_report(report, job.path)
@@ -107,7 +121,7 @@ class Pipeline:
     # --- refresh ----------------------------------------------------------------------------
 
     def _refresh(
-        self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]
+        self, job: ExportJob, draft: ExportReport, watch: Stopwatch
     ) -> tuple[ExportReport | None, tuple[Attempt, ...]]:
         """Return the report of a refresh; or none, and the attempt, if there must be an export."""
         known = self.blueprint
@@ -123,11 +137,9 @@ class Pipeline:
                     staged,
                     self._prep,
                     lambda digest: dict(known.metadata) | _origin(job, digest),
-                    lambda stage: _timed(seconds, stage),
+                    watch.stage,
                 )
-                with _timed(seconds, "publish"):
-                    publish(staged, job.path)
-                    shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
+                _publish(job, staged, watch)
         except (StaleTemplateError, VerificationError) as error:
             self.blueprint = None
             reason = f"The graph of an earlier checkpoint is not right for this one: {error}"
@@ -152,18 +164,16 @@ class Pipeline:
 
     # --- export -----------------------------------------------------------------------------
 
-    def _export(
-        self, job: ExportJob, draft: ExportReport, seconds: dict[str, float]
-    ) -> ExportReport:
+    def _export(self, job: ExportJob, draft: ExportReport, watch: Stopwatch) -> ExportReport:
         attempts: list[Attempt] = list(draft.attempts)
         failures: list[FailedAttempt] = []
         climbed, flat = Climb(), None
-        with _timed(seconds, "hash"):
+        with watch.stage("hash"):
             draft = replace(draft, weights_sha256=weights_sha256(job.source.state()))
-        for plan in _plans(job, attempts, seconds):
+        for plan in _plans(job, attempts, watch):
             if plan.flat is not flat:  # in another precision all may go otherwise
                 climbed, flat = Climb(patches=climbed.patches), plan.flat
-            with _timed(seconds, "reference"):
+            with watch.stage("reference"):
                 proof = Proof(plan, job.options.verify)
             draft = replace(
                 draft,
@@ -174,7 +184,7 @@ class Pipeline:
             )
             with staging(job.path) as staged:
                 candidate = _Candidate(
-                    job, plan, proof, staged, seconds, self._prep, draft.weights_sha256
+                    job, plan, proof, staged, watch, self._prep, draft.weights_sha256
                 )
                 climbed = self._climb(candidate, climbed)
                 attempts += climbed.attempts
@@ -188,11 +198,9 @@ class Pipeline:
                     opset=candidate.opset,
                     warnings=(*draft.warnings, *climbed.warnings),
                 )
-                with _timed(seconds, "template"):
+                with watch.stage("template"):
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
-                with _timed(seconds, "publish"):
-                    publish(staged, job.path)
-                    shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
+                _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
         return replace(draft, error=_no_core(draft) + self._reproduce(job, plan, failures))
@@ -211,11 +219,10 @@ class Pipeline:
 
         What was learnt from the plan before it is not tried again.
         """
-        job, plan, seconds = candidate.job, candidate.plan, candidate.seconds
+        job, plan = candidate.job, candidate.plan
         core, key = job.options.core, model_key(plan.flat)
         first = self._winners.get(key) or self._memory.recall(key, core)
-        spent = seconds.get("write", 0.0) + seconds.get("prove", 0.0)
-        with _timed(seconds, "export"):
+        with candidate.watch.stage("export"):
             climbed = climb(
                 [rung for rung in rungs(core, first) if rung.key not in job.skip],
                 plan.request(job.options.opset),
@@ -223,9 +230,9 @@ class Pipeline:
                 skip=before.hopeless | _wrong_as_seen(plan, before),
                 patches=before.patches,
                 trusted=first,
+                announce=lambda rung: self.tell("export", rung.key),
             )
         climbed.hopeless |= before.hopeless
-        seconds["export"] -= seconds.get("write", 0.0) + seconds.get("prove", 0.0) - spent
         if climbed.winner is not None and climbed.winner != self._winners.get(key):
             self._winners[key] = climbed.winner
             self._memory.remember(key, core, climbed.winner)
@@ -240,7 +247,7 @@ class _Candidate:
         plan: What is exported.
         proof: Judges the models.
         staged: Where they are written.
-        seconds: Duration of each stage, added to.
+        watch: Measures the stages.
         prep: Runs prep graphs.
         digest: Hash of the checkpoint's ``state_dict``.
 
@@ -254,11 +261,11 @@ class _Candidate:
         plan: Plan,
         proof: Proof,
         staged: Path,
-        seconds: dict[str, float],
+        watch: Stopwatch,
         prep: PrepSessions,
         digest: str | None,
     ) -> None:
-        self.job, self.plan, self.seconds = job, plan, seconds
+        self.job, self.plan, self.watch = job, plan, watch
         self.opset: int | None = None
         self._proof, self._staged, self._prep, self._digest = proof, staged, prep, digest
         self._template: Template | None = None
@@ -270,9 +277,9 @@ class _Candidate:
         Raises:
             VerificationError: If it is wrong.
         """
-        with _timed(self.seconds, "write"):
+        with self.watch.stage("write"):
             self._write(rung, model)
-        with _timed(self.seconds, "prove"):
+        with self.watch.stage("prove"):
             checks, self.opset = self._proof.judge(self._staged)
         return checks
 
@@ -318,18 +325,16 @@ class _Candidate:
         return known, ""
 
 
-def _plans(
-    job: ExportJob, attempts: Sequence[Attempt], seconds: dict[str, float]
-) -> Iterator[Plan]:
+def _plans(job: ExportJob, attempts: Sequence[Attempt], watch: Stopwatch) -> Iterator[Plan]:
     """Yield the plan that asks for most, then those that ask for less, while none succeeds."""
-    with _timed(seconds, "plan"):
+    with watch.stage("plan"):
         plan = make_plan(job)
     yield plan
     if any(_lacks_kernel(attempt) for attempt in attempts) and job.options.precision is None:
         # ONNX Runtime's CPU provider lacks many kernels for other types than float32.
         text = "ONNX Runtime lacks a kernel for the weights' type: exported as float32."
         options = replace(job.options, precision="fp32")
-        with _timed(seconds, "plan"):
+        with watch.stage("plan"):
             plan = make_plan(replace(job, options=options))
         plan = replace(plan, warnings=(*plan.warnings, text))
         yield plan
@@ -411,13 +416,11 @@ def _no_core(report: ExportReport) -> str:
     return f"No core produced a model that passed the proof. {tried}"
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+def _publish(job: ExportJob, staged: Path, watch: Stopwatch) -> None:
+    if job.publish:
+        with watch.stage("publish"):
+            publish(staged, job.path)
+            shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
 
 
 def read_report(path: Path) -> ExportReport | None:

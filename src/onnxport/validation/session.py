@@ -91,6 +91,15 @@ def _really_runs(provider: str) -> bool:
     return True
 
 
+_THREADS: list[int] = []
+"""How many threads sessions use in this process; empty: as many as ONNX Runtime likes."""
+
+
+def use_threads(count: int) -> None:
+    """Let all sessions of this process use so many threads, and let these sleep when idle."""
+    _THREADS[:] = [count]
+
+
 class Session:
     """A model loaded in ONNX Runtime on one provider.
 
@@ -110,6 +119,9 @@ class Session:
             raise VerificationError(_not_used(provider, ort.get_available_providers()))
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
+        if _THREADS:
+            options.intra_op_num_threads = _THREADS[-1]
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if in_place:
             options.add_session_config_entry("session.disable_prepacking", "1")
         providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]

@@ -15,9 +15,11 @@ from typing_extensions import override
 
 from onnxport.callbacks.cadence import When, read_when
 from onnxport.callbacks.checkpoint_io import MirroredCheckpointIO
+from onnxport.callbacks.lightning.drain import drain
 from onnxport.callbacks.lightning.facts import (
     best_checkpoint,
     checkpoint_roots,
+    file_of,
     is_redirected,
     origin_of,
     run_address,
@@ -28,10 +30,17 @@ from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
-from onnxport.callbacks.options import AnyTarget, read_mlflow, read_targets
+from onnxport.callbacks.options import (
+    AnyTarget,
+    read_background,
+    read_mlflow,
+    read_preflight,
+    read_targets,
+)
 from onnxport.callbacks.paths import model_path
+from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
-from onnxport.config import ExportOptions, Inputs, MLflow, Verify, require_choice
+from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.report import ExportReport
 from onnxport.tracking.base import Unavailable
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
+    from onnxport.callbacks.runner import Runner
     from onnxport.config import CoreName, Precision
     from onnxport.report import Provenance
     from onnxport.tracking.base import Tracker
@@ -51,6 +61,12 @@ logger = logging.getLogger(__name__)
 
 _TUNER_PREFIXES = (".lr_find", ".scale_batch_size")
 """Checkpoints that the tuner writes for itself and removes again."""
+
+OBSERVED_FIRST = 2
+"""Batches that are seen before the export is tried."""
+
+DRAIN_AFTER_ERROR_S = 15.0
+"""How long models are waited for when training ended by an error or by Ctrl-C."""
 
 _SAME_NAMES = (
     "Two OnnxExport callbacks of one trainer would write the same files, so only the first of them "
@@ -86,14 +102,20 @@ class OnnxExport(metaclass=FrameworkAware):
             ``"auto"``, but with a run of our own on sqlite under the trainer's root when there is
             none; ``False``; or :class:`~onnxport.MLflow`.
         register: Name in the model registry; short for ``MLflow(register=...)``.
-        background: Reserved for the worker process; in this version the work is done inline either
-            way.
+        background: ``True``: models are made in a worker process, and training goes on meanwhile;
+            :class:`~onnxport.Background` says how that process lives; ``False``: at once, in the
+            training process, which waits. ``ONNXPORT_BACKGROUND=0`` in the environment makes
+            ``True`` mean ``False``.
+        preflight: Export once as soon as calls were seen, so that a module that does not export is
+            known in the first minute. ``True``: warn; ``"raise"``: end training then; ``None``:
+            warn, if models are made in the background.
         on_error: ``"warn"``: log, report, keep training; ``"raise"``: raise
             :class:`~onnxport.ExportError` at the next safe point of the loop.
 
     Attributes:
         reports: One :class:`~onnxport.ExportReport` per attempted checkpoint, complete when ``fit``
             returns.
+        preflight_reports: What came of the export before the first checkpoint, one per target.
 
     Raises:
         ConfigurationError: If an argument is wrong.
@@ -119,7 +141,8 @@ class OnnxExport(metaclass=FrameworkAware):
         verify: bool | Verify = True,
         mlflow: Literal["auto"] | bool | MLflow = "auto",
         register: str | None = None,
-        background: bool = True,
+        background: bool | Background = True,
+        preflight: bool | Literal["raise"] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         require_choice("on_error", on_error, ("warn", "raise"))
@@ -127,7 +150,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.cadence = read_when(when)
         self.targets = read_targets(target)
-        self.background = background
+        self.background = read_background(background)
+        self.preflight = read_preflight(preflight, self.background)
         self.on_error = on_error
         self.options = ExportOptions.of(
             core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
@@ -138,7 +162,9 @@ class OnnxExport(metaclass=FrameworkAware):
         self._saves = 0
         self._place: str | None = ""
         self._folder = Path()
-        self._unlinked = False
+        self._linked = 0
+        self._batches = 0
+        self._early_failure: ExportError | None = None
         self._measured = Measured()
         self._roots: list[str] = []
 
@@ -147,6 +173,12 @@ class OnnxExport(metaclass=FrameworkAware):
         """One report per attempted checkpoint, in order."""
         now = [session.reports for session in self._sessions.values()]
         return [*self._earlier, *(r for group in zip_longest(*now) for r in group if r is not None)]
+
+    @property
+    def preflight_reports(self) -> list[ExportReport]:
+        """What came of the export before the first checkpoint, one per target."""
+        tried = [session.preflight for session in self._sessions.values()]
+        return [report for report in tried if report is not None]
 
     def should_export(self, trainer: Any, checkpoint: str) -> bool:
         """Decide whether a checkpoint that was just written becomes a model.
@@ -190,6 +222,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         self._earlier, self._saves, self._sessions = self.reports, 0, {}
+        self._batches, self._linked, self._early_failure = 0, 0, None
         if not trainer.is_global_zero:
             return
         if self._place is None:
@@ -206,15 +239,20 @@ class OnnxExport(metaclass=FrameworkAware):
                 is_redirected=is_redirected,
                 fallback=lambda: getattr(pl_module, "example_input_array", None),
                 say=teller(type(self)),
+                runner=self._runner(place),
             )
-            for name, target in self.targets.items()
+            for place, (name, target) in enumerate(self.targets.items())
         }
+
+    def _runner(self, place: int) -> Runner:
+        return InlineRunner() if self.background is None else WorkerRunner(self.background, place)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._sessions:
             self._mirror_links(trainer)
+            self._try_early(trainer, pl_module)
             self._begin_batch(trainer, "training_step", batch, batch_idx)
         if trainer.world_size == 1:
             self._raise_failure(trainer)
@@ -245,8 +283,11 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self._sessions:
+            limit = 0.0 if self.background is None else self.background.drain_s
             with _never_raises("the export at the end of training"):
+                drain(self._sessions, limit, trainer, teller(type(self)))
                 self._export_at_end(trainer, pl_module)
+                drain(self._sessions, limit, trainer, teller(type(self)))
             self._mirror_links(trainer)
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
@@ -254,10 +295,34 @@ class OnnxExport(metaclass=FrameworkAware):
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        with _never_raises("the end of training by an error"):
+            drain(self._sessions, DRAIN_AFTER_ERROR_S, trainer, teller(type(self)))
         if self._sessions:
             self._mirror_links(trainer)
         for session in self._sessions.values():
             session.finish(failed=True)
+
+    def _try_early(self, trainer: Any, pl_module: Any) -> None:
+        """Export once two batches were trained on: it is better to know now."""
+        self._batches += 1
+        if self.preflight is None or self._batches <= OBSERVED_FIRST or trainer.fast_dev_run:
+            return
+        waiting = [(n, session) for n, session in self._sessions.items() if session.awaits_trial]
+        if not waiting or is_sharded(trainer.strategy):
+            return
+        state = pl_module.state_dict()
+        origin = replace(origin_of(trainer, "", self._measured), checkpoint=None, metrics={})
+        for name, session in waiting:
+            path = self._folder / f"preflight{name}.onnx"
+            with _never_raises("the export before the first checkpoint"):
+                session.try_early(Saved(state=state, path=path, origin=origin), self._no_export)
+
+    def _no_export(self, reason: str) -> None:
+        message = f"The module does not export, so no checkpoint will get a model: {reason}"
+        if self.preflight == "warn":
+            logger.warning("%s Training goes on.", message)
+        else:
+            self._early_failure = ExportError(message)
 
     # --- checkpoints ------------------------------------------------------------------------
 
@@ -266,7 +331,8 @@ class OnnxExport(metaclass=FrameworkAware):
             return
         with _never_raises(f"exporting {path}"):
             if self._wants(trainer, path):
-                self._save(content["state_dict"], path, origin_of(trainer, path, self._measured))
+                origin = origin_of(trainer, path, self._measured)
+                self._save(content["state_dict"], path, origin, file=file_of(trainer, path))
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
@@ -282,21 +348,27 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.removed(model, path)
 
     def _save(
-        self, state: Any, checkpoint: str, origin: Provenance, only: Iterable[str] | None = None
+        self,
+        state: Any,
+        checkpoint: str,
+        origin: Provenance,
+        only: Iterable[str] | None = None,
+        file: Path | None = None,
     ) -> None:
-        self._unlinked = True
+        self._linked = -1
         for name in self._sessions if only is None else only:
             path = self._model_path(checkpoint, name)
-            self._sessions[name].saved(Saved(state=state, path=path, origin=origin))
+            self._sessions[name].saved(Saved(state=state, path=path, origin=origin, file=file))
 
     def _model_path(self, checkpoint: str, name: str) -> Path:
         path = model_path(checkpoint, self.dirpath, self._roots)
         return path.with_name(f"{path.stem}{name}{self._place or ''}{path.suffix}")
 
     def _mirror_links(self, trainer: Any) -> None:
-        """The trainer links to a checkpoint after it has saved it."""
-        if self._unlinked:
-            self._unlinked = False
+        """The trainer links to a checkpoint after it has saved it, and its model may come later."""
+        finished = sum(len(session.reports) for session in self._sessions.values())
+        if self._linked != finished:
+            self._linked = finished
             for name in self._sessions:
                 with _never_raises("linking models"):
                     mirror_links(trainer, partial(self._model_path, name=name))
@@ -325,7 +397,7 @@ class OnnxExport(metaclass=FrameworkAware):
             global_step=content.get("global_step"),
         )
         origin = with_best_score(trainer, origin, self._measured)
-        self._save(content["state_dict"], best, origin, lacking)
+        self._save(content["state_dict"], best, origin, lacking, file_of(trainer, best))
 
     def _lacks_model(self, checkpoint: str, name: str) -> bool:
         """Tell whether a checkpoint has no model, and was not tried in vain."""
@@ -356,6 +428,8 @@ class OnnxExport(metaclass=FrameworkAware):
                         origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
                     )
                 )
+                limit = 0.0 if self.background is None else self.background.drain_s
+                session.drain(limit)
 
     # --- tracking and errors ----------------------------------------------------------------
 
@@ -373,9 +447,12 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _raise_failure(self, trainer: Any) -> None:
         """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""
-        if self.on_error != "raise":
+        if self.on_error != "raise" and self.preflight != "raise":
             return
-        failures = [session.take_failure() for session in self._sessions.values()]
+        early, self._early_failure = self._early_failure, None
+        failures = [early]
+        if self.on_error == "raise":
+            failures += [session.take_failure() for session in self._sessions.values()]
         failure = next((one for one in failures if one is not None), None)
         if failure is not None and trainer.world_size == 1:
             raise failure

@@ -97,6 +97,17 @@ def best_checkpoint(trainer: Any) -> str | None:
     return None
 
 
+def file_of(trainer: Any, checkpoint: str) -> Path | None:
+    """Return the file of a checkpoint that was just saved, if its content can be read from it.
+
+    Other plugins may write later, elsewhere, or in a format of their own.
+    """
+    plugin = trainer.strategy.checkpoint_io
+    plugin = getattr(plugin, "inner", plugin)
+    path = Path(checkpoint)
+    return path if type(plugin).__name__ == "TorchCheckpointIO" and path.is_file() else None
+
+
 def with_best_score(
     trainer: Any, origin: Provenance, measured: Measured | None = None
 ) -> Provenance:

@@ -1,0 +1,67 @@
+"""The end of ``fit`` waits for models that are not finished, and shows what it waits for."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from onnxport.callbacks.session import ExportSession
+
+__all__ = ["drain"]
+
+SAY_EVERY_S = 15.0
+"""How often a line says what is waited for where there is no progress bar."""
+
+
+def drain(
+    sessions: Mapping[str, ExportSession], limit_s: float, trainer: Any, say: Callable[[str], None]
+) -> None:
+    """Wait for the models of all sessions.
+
+    Args:
+        sessions: The sessions of a run.
+        limit_s: How long at most, in seconds, for all of them together.
+        trainer: Its progress bar decides how the waiting is shown.
+        say: Tells the user a line.
+    """
+    end = time.monotonic() + limit_s
+    with ExitStack() as stack:
+        tell: Callable[[list[str]], None] | None = None
+        for session in sessions.values():
+            if tell is None and session.unfinished:
+                tell = _shown(trainer, stack, say)
+            session.drain(max(0.0, end - time.monotonic()), tell or _nothing)
+
+
+def _nothing(_: list[str]) -> None:
+    """Show nothing."""
+
+
+def _shown(
+    trainer: Any, stack: ExitStack, say: Callable[[str], None]
+) -> Callable[[list[str]], None]:
+    """Return what shows the stages: in rich where the trainer's bar is, else a line at times."""
+    bar = getattr(trainer, "progress_bar_callback", None)
+    if bar is not None and "Rich" in type(bar).__name__:
+        from rich.console import Console
+
+        status = stack.enter_context(Console().status("onnxport"))
+        return lambda stages: status.update(_text(stages))
+    last = time.monotonic()
+
+    def tell(stages: list[str]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SAY_EVERY_S:
+            last = time.monotonic()
+            say(_text(stages))
+
+    return tell
+
+
+def _text(stages: list[str]) -> str:
+    count = f"{len(stages)} models are" if len(stages) > 1 else "one model is"
+    return f"onnxport: {count} not finished ({stages[0] if stages else 'done'})"

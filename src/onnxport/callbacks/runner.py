@@ -1,0 +1,226 @@
+"""Where models are made: in the worker, or right here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from onnxport.exporter.skeleton import NotPicklableError, make_skeleton, pickle_by_value
+from onnxport.pipeline import Pipeline
+from onnxport.report import ExportReport
+from onnxport.worker.client import Order, worker_for
+from onnxport.worker.protocol import Done, SentJob, WeightsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from onnxport.callbacks.live import LiveModule
+    from onnxport.config import Background
+    from onnxport.errors import WorkerError
+    from onnxport.pipeline import ExportJob
+    from onnxport.tree import Example
+
+    Finished = Callable[[ExportReport | None, Example | None], None]
+
+__all__ = ["InlineRunner", "Runner", "WorkerRunner"]
+
+_numbers = count()
+
+
+class Runner(Protocol):
+    """Makes models of jobs."""
+
+    def run(self, job: ExportJob, live: LiveModule, file: Path | None, finished: Finished) -> None:
+        """Begin a job.
+
+        Args:
+            job: The job.
+            live: Its source.
+            file: The checkpoint's file, if the weights can be read from it.
+            finished: Called, perhaps by another thread, with the report and a small example; or
+                with ``None`` if the checkpoint is gone. Must not raise.
+        """
+        ...
+
+    def forget(self, path: Path) -> None:
+        """The checkpoint of this model was removed."""
+        ...
+
+    def unfinished(self) -> list[str]:
+        """Return what each job is doing that was begun and not finished."""
+        ...
+
+    def wait(self, limit_s: float, tell: Callable[[list[str]], None]) -> list[Path]:
+        """Wait until all is done, or give up what is not; return the models that are missing."""
+        ...
+
+
+class InlineRunner:
+    """Does the work at once, where it is asked for."""
+
+    def __init__(self) -> None:
+        self._pipeline = Pipeline()
+
+    def run(
+        self,
+        job: ExportJob,
+        live: LiveModule,  # noqa: ARG002 - the job's own source is the same
+        file: Path | None,  # noqa: ARG002 - the weights are in memory
+        finished: Finished,
+    ) -> None:
+        """See :class:`Runner`."""
+        report = self._pipeline.run(job)
+        known = self._pipeline.blueprint
+        finished(report, None if known is None else known.example)
+
+    def forget(self, path: Path) -> None:
+        """Do nothing: all is done."""
+
+    def unfinished(self) -> list[str]:
+        """Return nothing."""
+        return []
+
+    def wait(self, limit_s: float, tell: Callable[[list[str]], None]) -> list[Path]:  # noqa: ARG002
+        """Return nothing."""
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What was sent last, to be sent again only when it is different."""
+
+    fingerprint: Mapping[str, str] | None = None
+    skeleton: bytes | None = None
+    count: int = 0
+    calls: bytes | None = None
+
+
+class WorkerRunner:
+    """Hands jobs to a worker process.
+
+    Args:
+        options: How it should live.
+        place: Which session of the run this is.
+    """
+
+    def __init__(self, options: Background, place: int = 0) -> None:
+        self._worker = worker_for(options, place)
+        self._session = f"{os.getpid()}-{next(_numbers)}"
+        self._sent = _Sent()
+        self._inline: Pipeline | None = None
+        self._blueprint: bytes | None = None
+        self._worker.warm_up()
+
+    def run(self, job: ExportJob, live: LiveModule, file: Path | None, finished: Finished) -> None:
+        """See :class:`Runner`. Takes as long as one copy of what is no weight, if that changed."""
+        try:
+            self._note(job, live)
+        except NotPicklableError:
+            if self._blueprint is None:
+                self._capture(job, finished)
+                return
+        weights = None if file is not None else _copied(job.source.state())
+        place = WeightsFile(path=None) if file is None else WeightsFile.of_checkpoint(file)
+        sent = SentJob(
+            number=next(_numbers),
+            session=self._session,
+            weights=place,
+            path=job.path,
+            options=replace(job.options, inputs=replace(job.options.inputs, example=None)),
+            provenance=job.provenance,
+            reference=job.reference,
+            fingerprint=None if job.fingerprint is None else dict(job.fingerprint),
+            skeleton=self._sent.skeleton,
+            calls=self._sent.calls,
+            blueprint=self._blueprint,
+            only_try=not job.publish,
+        )
+        self._worker.submit(
+            Order(sent, lambda result: self._answered(job, result, finished), weights)
+        )
+
+    def _note(self, job: ExportJob, live: LiveModule) -> None:
+        """Make the skeleton, and pickle the calls, if they are other than before."""
+        sent = self._sent
+        if sent.calls is None or sent.count != len(job.examples):
+            calls = pickle_by_value((job.target, job.examples))
+            sent = replace(sent, count=len(job.examples), calls=calls)
+        if sent.skeleton is None or sent.fingerprint != job.fingerprint:
+            skeleton = make_skeleton(live.live, live.saved, without=live.idle)
+            sent = replace(sent, fingerprint=job.fingerprint, skeleton=skeleton)
+        self._sent = sent
+
+    def _capture(self, job: ExportJob, finished: Finished) -> None:
+        """Export here what cannot be sent; the worker fills in the weights of later checkpoints."""
+        self._inline = self._inline or Pipeline()
+        report = self._inline.run(job)
+        known = self._inline.blueprint
+        if known is not None:
+            try:
+                self._blueprint = pickle_by_value(known)
+                self._sent = replace(self._sent, calls=pickle_by_value((job.target, ())))
+            except NotPicklableError:
+                self._blueprint = None
+        finished(report, None if known is None else known.example)
+
+    def _answered(self, job: ExportJob, result: Done | WorkerError, finished: Finished) -> None:
+        if isinstance(result, Done) and not result.lacks_module:
+            finished(result.report, result.example)
+            return
+        text = str(result)
+        if isinstance(result, Done):
+            self._blueprint = self._inline = None
+            text = (
+                "The module has changed since it was exported and cannot be sent to the worker. "
+                "The next checkpoint is exported in the training process."
+            )
+        origin = job.provenance
+        finished(
+            ExportReport(
+                ok=False,
+                checkpoint=origin.checkpoint,
+                epoch=origin.epoch,
+                global_step=origin.global_step,
+                metrics=origin.metrics,
+                error=text,
+            ),
+            None,
+        )
+
+    def forget(self, path: Path) -> None:
+        """Drop what waits for this model."""
+        self._worker.forget(path)
+
+    def unfinished(self) -> list[str]:
+        """Return the stage of each order."""
+        return [order.stage for order in self._worker.unfinished(self._session)]
+
+    def wait(self, limit_s: float, tell: Callable[[list[str]], None]) -> list[Path]:
+        """Wait for the orders of this session; what is left after that is given up."""
+        left = self._worker.wait(
+            self._session, limit_s, lambda orders: tell([order.stage for order in orders])
+        )
+        if left:
+            self._worker.abandon(self._session)
+        return [order.job.path for order in left]
+
+
+def _copied(state: Mapping[str, Any]) -> int:
+    """Copy weights into memory that another process can map; return its descriptor."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("onnxport")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    tensors = {
+        name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)
+    }
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        torch.save(tensors, file)
+    return descriptor

@@ -1,0 +1,1 @@
+"""The process beside training in which models are made."""

@@ -1,0 +1,337 @@
+"""The trainer's side of the worker: a queue, and a thread that looks after one process.
+
+Handing over an order takes microseconds; everything that may block, fail or take long happens in
+the thread, which never touches what training uses.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxport.errors import WorkerError
+from onnxport.exporter.skeleton import pickle_by_value
+from onnxport.worker.process import WorkerProcess
+from onnxport.worker.protocol import Done, SentJob, StageBegun, WeightsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from onnxport.config import Background
+
+__all__ = ["Order", "Worker", "worker_for"]
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 20.0
+"""A worker without work is ended after so long; the next fit may need it at once."""
+
+MAX_TRIES = 3
+"""How often an order is tried when the worker dies over it."""
+
+MAX_DEATHS = 6
+"""Deaths in a row after which nothing more is tried."""
+
+MAX_COPIES = 2
+"""How many sets of weights may wait in memory."""
+
+CLOSE_LIMIT_S = 10.0
+"""How long the end of the program waits for the thread."""
+
+PAUSE_S = 0.2
+"""How often a waiting trainer looks, in seconds."""
+
+
+@dataclass(eq=False, slots=True)
+class Order:
+    """A job on its way.
+
+    Args:
+        job: The job, with everything in it.
+        done: Called in the worker's thread with what came of it; must not raise.
+        weights: A descriptor of the weights, which belongs to the order; ``None``: they lie in the
+            checkpoint's file.
+        stage: What is being done, in words.
+    """
+
+    job: SentJob
+    done: Callable[[Done | WorkerError], None]
+    weights: int | None = None
+    stage: str = "waiting"
+    dropped: bool = False
+
+    def finish(self, result: Done | WorkerError) -> None:
+        """Hand out the result, once, and let go of the weights."""
+        if self.weights is not None:
+            os.close(self.weights)
+            self.weights = None
+        if not self.dropped:
+            self.done(result)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Orders that wait, and the one that is being done."""
+
+    waiting: list[Order] = field(default_factory=list)
+    current: Order | None = None
+
+
+class Worker:
+    """One process and the thread that looks after it; both come when there is work.
+
+    Args:
+        options: How the process should live.
+    """
+
+    def __init__(self, options: Background) -> None:
+        self._options = options
+        self._changed = threading.Condition()
+        self._queue = _Queue()
+        self._thread: threading.Thread | None = None
+        self._process: WorkerProcess | None = None
+        self._deaths = 0
+        self._warm = False
+        self._closing = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number, or ``None`` while there is none."""
+        process = self._process
+        return None if process is None else process.pid
+
+    # --- called by the trainer ----------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Start the process: its imports take seconds."""
+        with self._changed:
+            self._warm = True
+            self._ensure_thread()
+
+    def submit(self, order: Order) -> None:
+        """Queue an order. A waiting one for the same file is dropped: its weights are older."""
+        with self._changed:
+            self._drop_waiting(order.job.path)
+            self._queue.waiting.append(order)
+            self._spare_memory()
+            self._ensure_thread()
+            self._changed.notify_all()
+
+    def forget(self, path: Path) -> None:
+        """A checkpoint was removed: what waits for its model is dropped, silently."""
+        with self._changed:
+            self._drop_waiting(path)
+            current = self._queue.current
+            if current is not None and current.job.path == path:
+                current.dropped = True
+
+    def unfinished(self, session: str | None = None) -> list[Order]:
+        """Return the orders that are not done, the current one first."""
+        with self._changed:
+            queue = self._queue
+            orders = [*([queue.current] if queue.current else []), *queue.waiting]
+        return [
+            order for order in orders if not order.dropped and session in {None, order.job.session}
+        ]
+
+    def wait(
+        self, session: str, limit_s: float, tell: Callable[[list[Order]], None] = lambda _: None
+    ) -> list[Order]:
+        """Wait until a session's orders are done.
+
+        Args:
+            session: The session.
+            limit_s: How long at most, in seconds.
+            tell: Called now and then with what is left.
+
+        Returns:
+            What is left then.
+        """
+        end = time.monotonic() + limit_s
+        while (left := self.unfinished(session)) and time.monotonic() < end:
+            tell(left)
+            with self._changed:
+                self._changed.wait(min(PAUSE_S, max(0.0, end - time.monotonic())))
+        return left
+
+    def abandon(self, session: str) -> None:
+        """Give up a session's orders: they are not done, and the process ends over the current."""
+        with self._changed:
+            orders = [order for order in self._queue.waiting if order.job.session == session]
+            for order in orders:
+                self._queue.waiting.remove(order)
+            current = self._queue.current
+            mine = current is not None and current.job.session == session
+            if mine and current is not None:
+                current.dropped = True
+        for order in orders:
+            order.dropped = True
+            order.finish(WorkerError("abandoned"))
+        process = self._process
+        if mine and process is not None:
+            process.end()
+
+    def close(self) -> None:
+        """End the process now, and wait for the thread; nothing more is done."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        process = self._process
+        if process is not None:
+            process.end()
+        if thread is not None:
+            # A thread that outlives the interpreter ends the program with an error of C++.
+            thread.join(CLOSE_LIMIT_S)
+
+    # --- in the thread ------------------------------------------------------------------------
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._look_after, daemon=True, name="onnxport")
+            self._thread.start()
+
+    def _spare_memory(self) -> None:
+        """Copies of weights must not pile up: by now a checkpoint's file may be there."""
+        copies = [order for order in self._queue.waiting if order.weights is not None]
+        for order in copies[:-MAX_COPIES]:
+            checkpoint = Path(order.job.provenance.checkpoint or "")
+            if order.weights is not None and checkpoint.is_file():
+                os.close(order.weights)
+                order.weights = None
+                order.job = replace(order.job, weights=WeightsFile.of_checkpoint(checkpoint))
+
+    def _drop_waiting(self, path: Path) -> None:
+        for order in [order for order in self._queue.waiting if order.job.path == path]:
+            self._queue.waiting.remove(order)
+            order.dropped = True
+            order.finish(WorkerError("dropped"))
+
+    def _look_after(self) -> None:
+        try:
+            while (order := self._next()) is not None:
+                result = self._safely(order)
+                with self._changed:
+                    order.stage = "done"
+                order.finish(result)
+                with self._changed:
+                    self._queue.current = None
+                    self._changed.notify_all()
+        finally:
+            process, self._process = self._process, None
+            if process is not None:
+                process.close()
+
+    def _next(self) -> Order | None:
+        """Return the newest order; ``None`` when there was none for long."""
+        if self._warm:
+            self._warm = False
+            self._try_to_start()
+        with self._changed:
+            end = time.monotonic() + IDLE_S
+            while not self._queue.waiting and not self._closing and time.monotonic() < end:
+                self._changed.wait(max(0.0, end - time.monotonic()))
+                if self._warm:
+                    self._warm, end = False, time.monotonic() + IDLE_S
+            if self._closing or not self._queue.waiting:
+                self._thread = None
+                return None
+            self._queue.current = self._queue.waiting.pop()
+            return self._queue.current
+
+    def _try_to_start(self) -> None:
+        try:
+            self._process = self._process or WorkerProcess(self._options)
+        except (WorkerError, OSError):
+            logger.debug("The worker did not start; the first order tries again.", exc_info=True)
+
+    def _safely(self, order: Order) -> Done | WorkerError:
+        try:
+            return self._carry_out(order)
+        except Exception as error:  # what cannot be pickled, a full disk: the thread must go on
+            logger.debug("An order failed", exc_info=True)
+            return WorkerError(f"The worker was not given its work: {error}")
+
+    def _carry_out(self, order: Order) -> Done | WorkerError:
+        error = WorkerError("The worker process was ended.")
+        for _ in range(MAX_TRIES):
+            if self._deaths >= MAX_DEATHS:
+                return WorkerError(
+                    f"The worker process died {self._deaths} times in a row, so no more models are "
+                    f"made in this run. Last: {error} background=False works without it."
+                )
+            try:
+                return self._work_on(order)
+            except (WorkerError, OSError) as problem:
+                error = problem if isinstance(problem, WorkerError) else WorkerError(str(problem))
+                process, self._process = self._process, None
+                if process is not None:
+                    process.kill()
+                if order.dropped or self._closing:
+                    break
+                self._deaths += 1
+                logger.debug("The worker died during %s: %s", order.stage, error)
+        return error
+
+    def _work_on(self, order: Order) -> Done:
+        """Send an order and wait for its result.
+
+        Raises:
+            WorkerError: If the worker dies or hangs; the rung it was at is skipped from then on.
+        """
+        process = self._process = self._process or WorkerProcess(self._options)
+        job = order.job
+        skeleton, calls = process.known.get(job.session, (None, None))
+        sent = replace(
+            job,
+            skeleton=None if skeleton is job.skeleton else job.skeleton,
+            calls=None if calls is job.calls else job.calls,
+        )
+        weights = () if order.weights is None else (order.weights,)
+        process.send(pickle_by_value(sent), weights)
+        process.known[job.session] = (job.skeleton, job.calls)
+        rung: str | None = None
+        try:
+            while True:
+                message = process.receive(self._options.stage_timeout_s)
+                if isinstance(message, Done) and message.number == job.number:
+                    self._deaths = 0
+                    return message
+                if isinstance(message, StageBegun):
+                    order.stage = message.stage
+                    rung = message.rung if message.stage == "export" else rung
+        except WorkerError:
+            if rung is not None:
+                order.job = replace(job, skip=job.skip | {rung})
+            raise
+
+
+_WORKERS: dict[tuple[Background, int], Worker] = {}
+
+
+def worker_for(options: Background, place: int) -> Worker:
+    """Return the worker for the n-th session of a run; workers outlast a run for a moment.
+
+    Args:
+        options: How workers should live, and how many there may be.
+        place: Which session it is.
+    """
+    key = (options, place % options.max_workers)
+    return _WORKERS.setdefault(key, Worker(options))
+
+
+def _close_all() -> None:
+    for worker in tuple(_WORKERS.values()):
+        worker.close()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    # A forked child has the memory of the threads and not the threads.
+    os.register_at_fork(after_in_child=_WORKERS.clear)
