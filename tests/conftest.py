@@ -42,13 +42,13 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_memory(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Which rung won in another test or run must not decide what this one tries first.
     monkeypatch.setenv("ONNXPORT_CACHE_DIR", str(tmp_path_factory.mktemp("memory")))
-
-
-@pytest.fixture(autouse=True)
-def _inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # A worker's start takes seconds; what is not about the worker needs none.
     if request.node.get_closest_marker("worker") is None:
         monkeypatch.setenv("ONNXPORT_BACKGROUND", "0")
