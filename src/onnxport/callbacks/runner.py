@@ -158,9 +158,9 @@ class WorkerRunner:
 
     def _capture(self, job: ExportJob, finished: Finished) -> None:
         """Export here what cannot be sent; the worker fills in the weights of later checkpoints."""
-        self._inline = self._inline or Pipeline()
-        report = self._inline.run(job)
-        known = self._inline.blueprint
+        pipeline = self._inline = self._inline or Pipeline()
+        report = pipeline.run(job)
+        known = pipeline.blueprint
         if known is not None:
             try:
                 self._blueprint = pickle_by_value(known)

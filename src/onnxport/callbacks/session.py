@@ -20,10 +20,12 @@ import torch
 
 from onnxport.api import read_examples
 from onnxport.callbacks.live import LiveModule
+from onnxport.callbacks.owed import note, owed, settle
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner
 from onnxport.errors import ExportError, OnnxportError
+from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
 from onnxport.exporter.module_state import copy_module, evaluate, plain_name, preserved_rng
 from onnxport.exporter.target import is_method, require_target
@@ -36,7 +38,7 @@ from onnxport.pipeline.run import save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -83,6 +85,7 @@ class ExportSession:
         fallback: Gives an example when no call was observed, or ``None``.
         say: Tells the user one line per model.
         runner: Where models are made; default: here.
+        name: What follows the names of its models.
 
     Attributes:
         reports: One report per attempted checkpoint, in order.
@@ -92,7 +95,7 @@ class ExportSession:
         ConfigurationError: If the target does not exist.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is about, by keyword
         self,
         module: nn.Module,
         options: ExportOptions,
@@ -103,6 +106,7 @@ class ExportSession:
         fallback: Callable[[], Any] = lambda: None,
         say: Callable[[str], None] = logger.info,
         runner: Runner | None = None,
+        name: str = "",
     ) -> None:
         self.reports: list[ExportReport] = []
         self.preflight: ExportReport | None = None
@@ -113,6 +117,8 @@ class ExportSession:
         self._fallback = fallback
         self._say = say
         self._runner = InlineRunner() if runner is None else runner
+        self._name = name
+        self._recovered = False
         self._lock = threading.Lock()
         self._order: list[int] = []
         self._begun = 0
@@ -162,14 +168,21 @@ class ExportSession:
         if self._observer.choose() is not None:
             self._observer.stop()
 
-    def saved(self, saved: Saved) -> None:
-        """Weights were saved: export, prove, publish and track them, now or soon."""
+    def saved(self, saved: Saved, *, alive: bool = True) -> None:
+        """Weights were saved: export, prove, publish and track them, now or soon.
+
+        Args:
+            saved: The weights.
+            alive: Whether they are of this moment, so that the module in training can be asked what
+                it computes with them.
+        """
         start = time.perf_counter()
         place = self._next_place()
         stall: list[float] = []
 
         def finished(report: ExportReport | None, example: Example | None) -> None:
             self._small = example or self._small
+            settle(saved.path)
             if report is None:
                 logger.debug("%s is gone; it gets no model.", saved.path)
                 return
@@ -182,7 +195,8 @@ class ExportSession:
             report = self._track(report, saved.origin, last=False)
             self._keep(report, seconds, place)
 
-        self._begin(saved, finished)
+        note(saved.path, self._name, saved.origin)
+        self._begin(saved, finished, alive=alive)
         stall.append(time.perf_counter() - start)
 
     def dry_run(self, saved: Saved) -> None:
@@ -220,11 +234,29 @@ class ExportSession:
         """Whether calls were seen and the module was not tried yet."""
         return not self._preflight_begun and self._observer.choose() is not None
 
-    def _begin(self, saved: Saved, finished: Finished, *, publish: bool = True) -> None:
+    def recover(self, folders: Iterable[Path]) -> None:
+        """Make the models that an earlier run owes, once calls were seen; once."""
+        if self._recovered or self._observer.choose() is None:
+            return
+        self._recovered = True
+        for path, origin in list(owed(folders, self._name)):
+            file = Path(str(origin.checkpoint))
+            try:
+                state = read_state_dict(file)
+            except (OnnxportError, OSError) as error:
+                self.failed(str(error), origin)
+                settle(path)
+                continue
+            saved = Saved(state=state, path=path, origin=origin, file=file)
+            self.saved(saved, alive=False)
+
+    def _begin(
+        self, saved: Saved, finished: Finished, *, publish: bool = True, alive: bool = True
+    ) -> None:
         """Hand a job to the runner; what goes wrong on the way there is a failed report."""
         try:
             with self._unobserved(), unobserved():
-                job, live = self._job(saved)
+                job, live = self._job(saved, alive=alive)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
             logger.debug("The export could not start", exc_info=True)
@@ -270,6 +302,7 @@ class ExportSession:
             checkpoint: If given, the model of another checkpoint stays, too.
         """
         self._runner.forget(path)
+        settle(path)
         if checkpoint is not None and not is_model_of(path, Path(checkpoint)):
             return
         try:
@@ -329,7 +362,7 @@ class ExportSession:
 
     # --- the work ---------------------------------------------------------------------------
 
-    def _job(self, saved: Saved) -> tuple[ExportJob, LiveModule]:
+    def _job(self, saved: Saved, *, alive: bool) -> tuple[ExportJob, LiveModule]:
         watched = self._target if isinstance(self._target, str) else self._observer.choose() or ""
         observed = self._observed(watched)
         examples = self._given() or observed or self._from_fallback()
@@ -337,7 +370,7 @@ class ExportSession:
         runs = observed if callable(self._target) else examples
         if self._small is not None and runs:
             runs = (self._small,)
-        reference, idle = self._reference.run(watched, runs, saved.state)
+        reference, idle = self._reference.run(watched, runs if alive else (), saved.state)
         live = LiveModule(self._module, saved.state, tuple(idle))
         job = ExportJob(
             source=live,

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+from filelock import FileLock, Timeout
 
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
@@ -35,6 +37,7 @@ __all__ = [
     "report_path",
     "require_replaceable",
     "staging",
+    "sweep",
     "write_filled",
     "write_text",
     "write_whole",
@@ -52,14 +55,17 @@ def staging(final: Path) -> Iterator[Path]:
     """Give the path of a temporary file that can be published as ``final``.
 
     It lies in a hidden folder beside the final name, so that publishing is a rename; the folder is
-    removed on any exit.
+    removed on any exit. What a process that was killed has left is removed by the next one.
 
     Raises:
         PublishError: If the folder cannot be made.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".onnxport-", dir=final.parent))
+        sweep(final.parent)
+        fresh = Path(tempfile.mkdtemp(prefix=_UNBORN, dir=final.parent))
+        lock = _lock(fresh)
+        folder = fresh.rename(fresh.with_name(fresh.name.replace(_UNBORN, _STAGING)))
     except OSError as error:
         raise PublishError(
             f"Cannot write to {final.parent}: {error.strerror or error}. "
@@ -69,6 +75,38 @@ def staging(final: Path) -> Iterator[Path]:
         yield folder / final.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
+
+
+_STAGING, _UNBORN = ".onnxport-", ".onnxport.new-"
+"""A staging folder has its name only when it is locked."""
+
+_UNBORN_S = 60.0
+"""An empty folder that is so old will never be locked."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove the staging folders of processes that are no more."""
+    for left in folder.glob(f"{_STAGING}*"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+    for left in folder.glob(f"{_UNBORN}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _UNBORN_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock(folder: Path) -> FileLock | None:
+    """Lock a staging folder; the system unlocks it when the process ends, however it ends."""
+    lock = FileLock(folder / "lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        return None
+    return lock
 
 
 def finish_graph(

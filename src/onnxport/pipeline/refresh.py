@@ -15,6 +15,7 @@ from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import EXTERNAL_DATA_BYTES, write_filled
 from onnxport.inputs.resize import current_sizes, take
 from onnxport.pipeline.blueprint import plain_state
+from onnxport.pipeline.job import ModuleMissingError
 from onnxport.pipeline.plan import target_of
 from onnxport.pipeline.proof import REAL, Case, Proof, check_case
 from onnxport.tree import flatten, same_structure
@@ -95,17 +96,26 @@ def refresh(
 def _prove(
     blueprint: Blueprint, job: ExportJob, staged: Path
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Compare with what the live module gave; if that says too little or no, with the module."""
-    if not blueprint.changed(job):
+    """Compare with what the live module gave; if that says too little or no, with the module.
+
+    Raises:
+        ModuleMissingError: If the module is needed and is not here.
+        VerificationError: If the model is wrong.
+    """
+    cases = tuple(_live_cases(blueprint, job))
+    if cases and not blueprint.changed(job):
         try:
-            checks = _judge(blueprint, job, staged, tuple(_live_cases(blueprint, job)))
+            return _judge(blueprint, job, staged, cases), ()
         except VerificationError:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
-            checks = ()
-        if checks:
-            return checks, ()
     warnings: list[str] = []
-    proof = Proof(blueprint.plan_for(*target_of(job, warnings)), job.options.verify)
+    try:
+        target = target_of(job, warnings)
+    except ModuleMissingError:
+        if not cases or not blueprint.changed(job):
+            raise
+        return _judge(blueprint, job, staged, cases), ()
+    proof = Proof(blueprint.plan_for(*target), job.options.verify)
     checks = _judge(blueprint, job, staged, proof.cases)
     blueprint.accept(job)
     return checks, (*warnings, *proof.warnings)

@@ -287,15 +287,15 @@ class Worker:
         """
         process = self._process = self._process or WorkerProcess(self._options)
         job = order.job
-        skeleton, calls = process.known.get(job.session, (None, None))
+        known = process.known.get(job.session, {})
+        parts = {"skeleton": job.skeleton, "calls": job.calls, "blueprint": job.blueprint}
+        new = {name: None if known.get(name) is part else part for name, part in parts.items()}
         sent = replace(
-            job,
-            skeleton=None if skeleton is job.skeleton else job.skeleton,
-            calls=None if calls is job.calls else job.calls,
+            job, skeleton=new["skeleton"], calls=new["calls"], blueprint=new["blueprint"]
         )
         weights = () if order.weights is None else (order.weights,)
         process.send(pickle_by_value(sent), weights)
-        process.known[job.session] = (job.skeleton, job.calls)
+        process.known[job.session] = parts
         rung: str | None = None
         try:
             while True:

@@ -33,11 +33,11 @@ class WorkerProcess:
         options: How it should live.
 
     Attributes:
-        known: For each session, the skeleton and the examples that it has.
+        known: For each session, which skeleton, calls and blueprint it has.
     """
 
     def __init__(self, options: Background) -> None:
-        self.known: dict[str, tuple[Any, Any]] = {}
+        self.known: dict[str, dict[str, Any]] = {}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         threads = str(options.threads)
@@ -116,9 +116,10 @@ class WorkerProcess:
             code = self._process.wait(5.0)
         except subprocess.TimeoutExpired:
             code = 0
-        self.kill()
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return WorkerError(f"The worker process ended {when} ({cause}).{self._last_words()}")
+        words = self._last_words()
+        self.kill()
+        return WorkerError(f"The worker process ended {when} ({cause}).{words}")
 
     def _last_words(self) -> str:
         if self._stderr.closed:
@@ -138,6 +139,7 @@ class WorkerProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        self._stderr.close()
 
     def close(self) -> None:
         """End an idle process: it leaves when its socket is closed."""

@@ -164,6 +164,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._folder = Path()
         self._linked = 0
         self._batches = 0
+        self._ended = False
         self._early_failure: ExportError | None = None
         self._measured = Measured()
         self._roots: list[str] = []
@@ -222,7 +223,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         self._earlier, self._saves, self._sessions = self.reports, 0, {}
-        self._batches, self._linked, self._early_failure = 0, 0, None
+        self._batches, self._linked, self._early_failure, self._ended = 0, 0, None, False
         if not trainer.is_global_zero:
             return
         if self._place is None:
@@ -240,6 +241,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 fallback=lambda: getattr(pl_module, "example_input_array", None),
                 say=teller(type(self)),
                 runner=self._runner(place),
+                name=name,
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
@@ -285,10 +287,11 @@ class OnnxExport(metaclass=FrameworkAware):
         if self._sessions:
             limit = 0.0 if self.background is None else self.background.drain_s
             with _never_raises("the export at the end of training"):
-                drain(self._sessions, limit, trainer, teller(type(self)))
+                self._drain(trainer, limit)
                 self._export_at_end(trainer, pl_module)
-                drain(self._sessions, limit, trainer, teller(type(self)))
+                self._drain(trainer, limit)
             self._mirror_links(trainer)
+        self._ended = True
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
             session.finish(None if best is None else self._model_path(best, name))
@@ -296,16 +299,24 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         with _never_raises("the end of training by an error"):
-            drain(self._sessions, DRAIN_AFTER_ERROR_S, trainer, teller(type(self)))
+            self._drain(trainer, DRAIN_AFTER_ERROR_S)
         if self._sessions:
             self._mirror_links(trainer)
         for session in self._sessions.values():
             session.finish(failed=True)
 
+    def _drain(self, trainer: Any, limit_s: float) -> None:
+        drain(self._sessions, limit_s, trainer, teller(type(self)))
+
     def _try_early(self, trainer: Any, pl_module: Any) -> None:
         """Export once two batches were trained on: it is better to know now."""
         self._batches += 1
-        if self.preflight is None or self._batches <= OBSERVED_FIRST or trainer.fast_dev_run:
+        if self._batches <= OBSERVED_FIRST or trainer.fast_dev_run:
+            return
+        folders = [*map(Path, self._roots), *([self.dirpath] if self.dirpath else [])]
+        for session in self._sessions.values():
+            session.recover(folders)
+        if self.preflight is None:
             return
         waiting = [(n, session) for n, session in self._sessions.items() if session.awaits_trial]
         if not waiting or is_sharded(trainer.strategy):
@@ -333,6 +344,8 @@ class OnnxExport(metaclass=FrameworkAware):
             if self._wants(trainer, path):
                 origin = origin_of(trainer, path, self._measured)
                 self._save(content["state_dict"], path, origin, file=file_of(trainer, path))
+                if self._ended and self.background is not None:  # nobody will wait for it later
+                    self._drain(trainer, self.background.drain_s)
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
