@@ -12,6 +12,7 @@ import onnxport
 from onnxport import errors
 
 PUBLIC = [
+    "Background",
     "Cadence",
     "Check",
     "ConfigurationError",
@@ -29,6 +30,7 @@ PUBLIC = [
     "TrackingError",
     "VerificationError",
     "Verify",
+    "WorkerError",
     "__version__",
     "export",
     "verify",

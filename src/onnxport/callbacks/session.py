@@ -468,5 +468,5 @@ def _success_line(report: ExportReport) -> str:
     return (
         f"onnxport: {report.path or 'dry run'} proven ({how}{target}, dynamic: "
         f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
-        f"{report.seconds['total']:.1f} s)"
+        f"{report.seconds.get('total', 0.0):.1f} s)"
     )

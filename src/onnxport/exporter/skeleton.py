@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from onnxport.errors import ExportError
 from onnxport.exporter.module_state import copy_module, load_weights, plain_name
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["NotPicklableError", "make_skeleton", "pickle_by_value", "unpickle", "with_weights"]
 
 
-class NotPicklableError(ExportError):
+class NotPicklableError(Exception):
     """Raised where a module holds something that cannot be sent to another process."""
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Slot", "StaleTemplateError", "Template", "make_template"]
 
 
-class StaleTemplateError(ExportError):
+class StaleTemplateError(Exception):
     """Raised where a ``state_dict`` does not fit a template: the module has changed."""
 
 
