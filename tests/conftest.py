@@ -50,7 +50,8 @@ def _own_memory(
     # Which rung won in another test or run must not decide what this one tries first.
     monkeypatch.setenv("ONNXPORT_CACHE_DIR", str(tmp_path_factory.mktemp("memory")))
     # A worker's start takes seconds; what is not about the worker needs none.
-    if request.node.get_closest_marker("worker") is None:
+    everywhere = "ONNXPORT_TEST_WORKER" in os.environ
+    if request.node.get_closest_marker("worker") is None and not everywhere:
         monkeypatch.setenv("ONNXPORT_BACKGROUND", "0")
 
 
