@@ -15,11 +15,12 @@ import torch
 from torch._decomp import decomposition_table
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from typing_extensions import override
 
 if TYPE_CHECKING:
     import ast
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "FAKE_TENSOR_LIMITS",
     "MAX_TORCHSCRIPT_OPSET",
     "CapturedOutput",
+    "ReadOnly",
+    "WriteAttemptedError",
     "captured_output",
     "compiled_graphs",
     "decomposed",
@@ -155,6 +158,46 @@ def fake_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _silent(logging.getLogger(fake_tensor.__name__)):
         yield tuple(mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
+
+
+class WriteAttemptedError(RuntimeError):
+    """Raised before an operator writes to a tensor that is to be read only."""
+
+
+class ReadOnly(TorchDispatchMode):
+    """Refuses every operator that would write to some tensors, before it does.
+
+    Args:
+        tensors: What is to be read only, and all views of it.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._protected = {_storage(tensor) for tensor in tensors} - {0}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema  # noqa: SLF001 - the only description that operators have
+        if schema.is_mutable:
+            given = dict(zip((each.name for each in schema.arguments), args, strict=False))
+            given |= kwargs or {}
+            for each in schema.arguments:
+                if each.alias_info is not None and each.alias_info.is_write:
+                    self._refuse(given.get(each.name), func)
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, value: Any, func: Any) -> None:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) in self._protected:
+                raise WriteAttemptedError(f"{func} would write to a weight")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Return the address of a tensor's memory; 0: it has none that could be written to."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse tensors, tensors of other devices
+        return 0
 
 
 def without_modes() -> AbstractContextManager[Any]:

@@ -39,6 +39,7 @@ class Reference:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known: dict[tuple[int, ...], list[Any]] = {}
+        self._writes = False
 
     def run(
         self, target: str, examples: tuple[Example, ...], state: Mapping[str, Any]
@@ -66,8 +67,7 @@ class Reference:
             lambda tensor: tensor.to(device, copy=True),
             fresh=True,
         )
-        other = map_tensors(call, _other_values, fresh=True)
-        outputs = _flat(run_borrowed(self._module, state, *call, target=target))
+        outputs = _flat(self._run(state, call, target))
         reference = LiveReference(
             example=example,
             outputs=outputs,
@@ -79,17 +79,29 @@ class Reference:
         hooks = plain_hooks(module)
         key = tuple(map(id, hooks))
         if hooks and key not in self._known:
-            self._known[key] = hooks if self._are_idle(target, state, call, other, hooks) else []
+            idle = self._are_idle(target, state, _clone(call), hooks)
+            self._known[key] = hooks if idle else []
         return reference, self._known.get(key, [])
 
+    def _run(self, state: Mapping[str, Any], call: Any, target: str) -> Any:
+        """Run without copies of the weights, as long as the module never writes to one."""
+        if not self._writes:
+            try:
+                return run_borrowed(self._module, state, *_clone(call), target=target, copies=False)
+            except Exception:  # user code, which may catch and raise what it likes
+                logger.debug("The reference runs on copies of the weights.", exc_info=True)
+                self._writes = True
+        return run_borrowed(self._module, state, *call, target=target)
+
     def _are_idle(
-        self, target: str, state: Mapping[str, Any], call: Any, other: Any, hooks: Collection[Any]
+        self, target: str, state: Mapping[str, Any], call: Any, hooks: Collection[Any]
     ) -> bool:
         """Compare runs with and without hooks.
 
         Without comes first, and on values that no hook has seen: one that keeps a tensor for
         ``forward`` to read later is told by what it has kept of another call.
         """
+        other = map_tensors(call, _other_values, fresh=True)
         if all(torch.equal(a, b) for a, b in zip(_flat(call), _flat(other), strict=True)):
             return False
         try:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from onnxport._torch_compat import export_context, is_compiled_forward
+from onnxport._torch_compat import ReadOnly, export_context, is_compiled_forward
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, drop_observers
 from onnxport.exporter.target import find_target
@@ -150,6 +150,7 @@ def run_borrowed(
     *,
     target: str = "",
     without: Collection[Any] = (),
+    copies: bool = True,
 ) -> Any:
     """Run a live module in eval mode with other weights, and leave no trace in it.
 
@@ -160,14 +161,22 @@ def run_borrowed(
         kwargs: Keyword arguments, on the module's device.
         target: Name of the submodule or method to run.
         without: Hooks that are not called.
+        copies: Run on copies of the parameters. Without copies nothing is added to the memory of
+            the device, and an operator that would write to a parameter is refused beforehand;
+            buffers are copied in any case.
+
+    Raises:
+        WriteAttemptedError: If there are no copies, and the module writes to a parameter.
     """
     given = {plain_name(name): tensor for name, tensor in state.items()}
     own: dict[int, torch.Tensor] = {}
     with torch.no_grad(), torch.inference_mode(False):
         for name, tensor in _own_tensors(module, target):
             if id(tensor) not in own or name in given:
-                own[id(tensor)] = _stand_in(given.get(name, tensor), tensor)
-    with borrowed(module, own):
+                copy = copies or not isinstance(tensor, nn.Parameter)
+                own[id(tensor)] = _stand_in(given.get(name, tensor), tensor, copy=copy)
+    read_only = [tensor for tensor in own.values() if isinstance(tensor, nn.Parameter)]
+    with borrowed(module, own), nullcontext() if copies else ReadOnly(read_only):
         drop_hooks(module, without)
         return find_target(module, target)(*args, **kwargs)
 
@@ -184,9 +193,9 @@ def _own_tensors(module: nn.Module, target: str) -> Iterator[tuple[str, torch.Te
                     yield plain_name(f"{prefix}.{name}" if prefix else name), tensor
 
 
-def _stand_in(given: Any, tensor: torch.Tensor) -> torch.Tensor:
+def _stand_in(given: Any, tensor: torch.Tensor, *, copy: bool) -> torch.Tensor:
     source = given if isinstance(given, torch.Tensor) else tensor
-    data = source.detach().to(device=tensor.device, dtype=tensor.dtype).clone()
+    data = source.detach().to(device=tensor.device, dtype=tensor.dtype, copy=copy)
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
