@@ -39,6 +39,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lockstep_report import HAND_WRITTEN, ROWS, about, part_about, write_results
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ GROWTH_EPOCH_S = 3.0
 LEAK_CHECKPOINTS = 200
 LEAK_FROM = 10
 LEAK_EPOCH_S = 0.5
+TINY = "wide:0.01"
 CLASSES = 10
 LENGTH = 32
 WORKER = b"onnxport.worker.server"
@@ -92,6 +94,7 @@ class Block(nn.Module):
         same = stride == 1 and before == width
         self.around = nn.Identity() if same else nn.Sequential(around, nn.BatchNorm2d(width))
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return features."""
         return torch.relu(self.body(x) + self.around(x))
@@ -123,6 +126,7 @@ class Encoder(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, CLASSES)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits."""
         logits: torch.Tensor = self.head(self.encoder(self.tokens(x) + self.places).mean(1))
@@ -137,6 +141,7 @@ class Recurrent(nn.Module):
         self.lstm = nn.LSTM(64, width, num_layers=2, batch_first=True)
         self.head = nn.Linear(width, CLASSES)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits."""
         logits: torch.Tensor = self.head(self.lstm(x)[0][:, -1])
@@ -220,17 +225,20 @@ class Trained(pl.LightningModule):
         self.net = model.build()
         self.plain = model.plain
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits."""
         logits: torch.Tensor = self.net(x)
         return logits
 
+    @override
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
         """Return the loss of a batch."""
         # The newest checkpoints are the best, so that ``save_top_k=2`` keeps these.
         self.log("progress", float(self.global_step), on_step=False, on_epoch=True)
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer."""
         if self.plain:
@@ -253,7 +261,9 @@ class HandWritten(pl.Callback):
         """Export the live module, and put its modes back."""
         modes = [(part, part.training) for part in module.modules()]
         try:
-            export_raw(module.eval(), self.sample, checkpoint.with_suffix(".onnx"), self.dynamo)
+            export_raw(
+                module.eval(), self.sample, checkpoint.with_suffix(".onnx"), dynamo=self.dynamo
+            )
         except Exception as error:  # noqa: BLE001 - that it fails is a result
             self.errors.append(f"{type(error).__name__}: {error}"[:400])
         finally:
@@ -332,6 +342,7 @@ class Said(logging.Handler):
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line."""
         self.lines.append(record.getMessage()[:400])
@@ -344,6 +355,7 @@ class Pace(pl.Callback):
         self.limit_s = limit_s
         self.ends: list[float] = []
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note the time."""
         self.ends.append(time.perf_counter())
@@ -481,9 +493,9 @@ def primitives(job: Found, folder: Path) -> Found:
     torch.save(state, file)
     copies = [timed_into(copy, lambda: shutil.copyfile(file, copy)) for _ in range(REPEATS)]
     found: Found = {"save_s": saves, "copy_s": copies, "bytes": file.stat().st_size}
+    found["worker_idle"] = worker_at_rest()
     if not job["raw"]:
         return found
-    found["worker_idle"] = worker_at_rest()
     sample = find_model(job["model"], quick=job["quick"]).rows(2)
     module.eval()
     raw = []
@@ -491,7 +503,7 @@ def primitives(job: Found, folder: Path) -> Found:
         path = folder / name / "raw.onnx"
         path.parent.mkdir()
         try:
-            raw.append(timed(lambda path=path: export_raw(module, sample, path, dynamo=True)))
+            raw.append(timed(partial(export_raw, module, sample, path, dynamo=True)))
         except Exception as error:  # noqa: BLE001 - that it fails is a result
             found["raw_error"] = f"{type(error).__name__}: {error}"[:400]
     return found | {"raw_s": raw}
@@ -552,7 +564,7 @@ def memory_files_of(pid: int) -> int:
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if "memfd:onnxport" in os.readlink(entry.path):
+                if "memfd:onnxport" in str(Path(entry.path).readlink()):
                     size += os.stat(entry.path).st_blocks * 512  # noqa: PTH116 - a link to memory
     return size
 
@@ -590,6 +602,7 @@ class Watch(threading.Thread):
         self._looked = 0.0
         self._settled: set[int] = set()
 
+    @override
     def run(self) -> None:
         """Take a point every 50 ms."""
         while not self._over.wait(POLL_S):
@@ -716,6 +729,7 @@ class Bench:
             self.results = {key: earlier[key] for key in self.results}
         names = ("epochs", "epoch_s", "threads", "quick")
         self.results["settings"] = {name: getattr(options, name) for name in names}
+        self._loaded: Found | None = None
 
     def run(self) -> None:
         """Measure everything that was asked for."""
@@ -751,12 +765,22 @@ class Bench:
             return found, watch
         return found | watch.summary(), watch
 
+    def _worker(self) -> Found | None:
+        """Return the memory of a worker that made models of nearly no weights: imports alone."""
+        if self._loaded is None:
+            more = {"epoch_s": 2.0, "epochs": 6}
+            paced, _ = self._job("calibrate", TINY, **more)
+            found, _ = self._fit(TINY, "background", paced.get("steps", MIN_STEPS), **more)
+            self._loaded = found.get("worker_at_rest")
+        return self._loaded
+
     def _model(self, name: str) -> Found | None:
         paced, _ = self._job("calibrate", name, epoch_s=self.options.epoch_s)
         if "failed" in paced:
             return None
         part = paced | {"about": part_about(), "rows": {}}
         part["primitives"], _ = self._job("primitives", name, raw=True)
+        part["primitives"]["worker_loaded"] = self._worker()
         for row in self.options.rows:
             part["rows"][row], _ = self._fit(name, row, paced["steps"])
         return part
@@ -769,7 +793,8 @@ class Bench:
         for size in sizes:
             name = f"wide:{size:g}"
             paced, _ = self._job("calibrate", name, epoch_s=seconds)
-            costs, _ = self._job("primitives", name, raw=True)
+            costs, _ = self._job("primitives", name, raw=False)
+            costs["worker_loaded"] = self._worker()
             if "failed" in paced or "failed" in costs:
                 continue
             found, _ = self._fit(name, "background", paced["steps"], epochs=GROWTH_EPOCHS)

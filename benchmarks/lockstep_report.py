@@ -47,19 +47,22 @@ TARGETS = {
     "worker_above": 1.5,
 }
 ABOUT = """\
-Every fit ran in a process of its own on the CPU, with {threads} torch thread(s) in training and one \
-in the worker, {epochs} epochs with a checkpoint at the end of each, the same steps and random data in \
-all rows of a model, and as many steps per epoch as take {epoch_s:g} s. AdamW, or SGD without momentum \
-for plain wide layers; of these, where they are large, the two newest checkpoints are kept. \
-*Stall*: the time inside of `trainer.save_checkpoint`, callbacks included, less the writing of the \
-file (`TorchCheckpointIO.save_checkpoint`, *own save*), less the same difference in the row without \
-export. The hand-written callbacks export right after that, with the batch axis stated by hand and \
-in eval mode; theirs is added. *Later*: all checkpoints but the first; median (p95). *Refresh*: the \
-stages of a worker that fills weights into the graph that is there and proves the model. *To proven*: \
-from the saved checkpoint to the published model. *Trainer +*: its peak resident memory, and copies \
-of weights in memory files, over that of the row without export. *Worker*: own memory (anonymous and \
-shared), and all resident memory, file pages included, while it refreshes, over what it had after its \
-first imports. Fit includes making the callback and waiting for the last models."""
+Every fit ran in a process of its own on the CPU, with {threads} torch thread(s) in training and \
+one in the worker, {epochs} epochs with a checkpoint at the end of each, the same steps and \
+random data in all rows of a model, and as many steps per epoch as take {epoch_s:g} s. AdamW, or \
+SGD without momentum for plain wide layers; of these, where they are large, the two newest \
+checkpoints are kept.
+
+*Stall*: the time inside of `trainer.save_checkpoint`, callbacks included, less the writing of \
+the file (`TorchCheckpointIO.save_checkpoint`, *own save*), less the same difference in the row \
+without export. The hand-written callbacks export right after that, with the batch axis stated \
+by hand and in eval mode; theirs is added. *Later*: all checkpoints but the first; median (p95). \
+*Refresh*: the stages of a worker that fills weights into the graph that is there and proves the \
+model. *To proven*: from the saved checkpoint to the published model. *Trainer +*: its peak \
+resident memory, copies of weights in memory files included, over that of the row without \
+export. *Worker*: peaks of its own memory (anonymous and shared) and of all resident memory, \
+pages of files included, while it refreshes, over what a worker has that made models of nearly \
+no weights, which is imports. Fit includes making the callback and waiting for the last models."""
 
 
 def about() -> Found:
@@ -172,7 +175,13 @@ def figures_of(part: Found) -> Found:
     costs = part["primitives"]
     if "failed" not in costs:
         found |= {"save_s": median(costs["save_s"]), "copy_s": median(costs["copy_s"])}
-        found |= {"raw_s": costs.get("raw_s") or None, "worker_idle": costs.get("worker_idle")}
+        idle = costs["worker_idle"]
+        found |= {
+            "raw_s": costs.get("raw_s") or None,
+            "raw_error": costs.get("raw_error"),
+            "worker_idle": {"own": idle["anon"] + idle["shmem"], "rss": idle["rss"]},
+            "worker_loaded": costs.get("worker_loaded"),
+        }
     none = rows.get("none")
     found["rows"] = {
         name: row_figures(row, none, found) for name, row in rows.items() if row["saves"]
@@ -218,7 +227,7 @@ def row_figures(row: Found, none: Found | None, part: Found) -> Found:
             "trainer_added": peak - max(none["trainer_peak"], none["trainer_with_copies"]),
             "same_training": row["weights_sum"] == none["weights_sum"],
         }
-    return figures | _worker_figures(row, part.get("worker_idle"))
+    return figures | _worker_figures(row, part.get("worker_loaded"))
 
 
 def _stages(reports: list[Found]) -> Found:
@@ -226,13 +235,11 @@ def _stages(reports: list[Found]) -> Found:
     return {name: median(r["stages"].get(name, 0.0) for r in reports) for name in names}
 
 
-def _worker_figures(row: Found, idle: Found | None) -> Found:
+def _worker_figures(row: Found, before: Found | None) -> Found:
     late, rest = row["worker_at_refresh"], row["worker_at_rest"]
-    if not idle or late["own"] is None:
+    if not before or before["own"] is None or late["own"] is None:
         return {}
-    before = {"own": idle["anon"] + idle["shmem"], "rss": idle["rss"]}
     return {
-        "worker_idle": before,
         "worker_above": {kind: late[kind] - before[kind] for kind in before},
         "worker_rest_above": {kind: rest[kind] - before[kind] for kind in before},
     }
@@ -411,11 +418,15 @@ def _target_lines(targets: list[Found]) -> list[str]:
 
 
 def _model_lines(figures: Found) -> list[str]:
+    raw = " / ".join(map(_seconds, figures.get("raw_s") or []))
     lines = [
-        f"{figures['steps']} steps per epoch of {_seconds(figures['step_s'])}; "
-        f"torch.save {_seconds(figures.get('save_s'))}, copy of the file "
-        f"{_seconds(figures.get('copy_s'))}, raw dynamo export "
-        f"{' / '.join(map(_seconds, figures.get('raw_s') or [])) or '-'} (first / second).",
+        (
+            f"{figures['steps']} steps per epoch of {_seconds(figures['step_s'])}; torch.save "
+            f"{_seconds(figures.get('save_s'))}, copy of the file "
+            f"{_seconds(figures.get('copy_s'))}, raw dynamo export {raw or '-'} (first / second). "
+            f"A worker has {_both(figures.get('worker_idle'))} MB (own / resident) after its first "
+            f"imports, and {_both(figures.get('worker_loaded'))} MB with nearly no weights."
+        ),
         "",
     ]
     head = (
@@ -426,6 +437,8 @@ def _model_lines(figures: Found) -> list[str]:
     lines += _table(head, (_row_cells(name, row) for name, row in figures["rows"].items()))
     notes = [note for name, row in figures["rows"].items() for note in _notes(name, row)]
     notes += [f"{ROWS[name]} failed: {_line(text)}" for name, text in figures["failed"].items()]
+    if figures.get("raw_error"):
+        notes.append(f"The raw export failed: {_line(figures['raw_error'])}")
     return [*lines, "", *(f"- {note}" for note in notes)]
 
 
@@ -444,7 +457,7 @@ def _row_cells(name: str, row: Found) -> tuple[str, ...]:
         _seconds(row["at_end_s"]),
         _number(row.get("fit_ratio")),
         "-" if same else _mb(row.get("trainer_added")),
-        f"{_mb(above['own'])} / {_mb(above['rss'])}" if above else "-",
+        _both(above),
         _mb(row["written"]),
         f"{row['models']} of {row['checkpoints']}",
     )
@@ -454,7 +467,7 @@ def _notes(name: str, row: Found) -> list[str]:
     notes = []
     if row["preflight"]:
         rest = row.get("worker_rest_above")
-        held = f"; the worker rests at +{_mb(rest['own'])} / +{_mb(rest['rss'])} MB" if rest else ""
+        held = f"; between them the worker has {_both(rest)} MB" if rest else ""
         stages = ", ".join(f"{stage} {_seconds(s)}" for stage, s in row["stages"].items())
         notes.append(
             f"{ROWS[name]}: first export, proof included {_seconds(row['preflight'][0])}; longest "
@@ -482,7 +495,7 @@ def _growth_lines(growth: Found) -> list[str]:
             _seconds(line["save_s"]),
             _spread(line["refresh"]),
             _spread(line["stall"]),
-            f"{_mb(line['own'])} / {_mb(line['rss'])}",
+            _both(line),
             f"{_mb(line['rest_own'])} / {_mb(line['rest_rss'])}",
         )
         for line in growth["lines"]
@@ -516,6 +529,10 @@ def _line(text: str) -> str:
 
 def _mb(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.0f}"
+
+
+def _both(found: Found | None) -> str:
+    return f"{_mb(found['own'])} / {_mb(found['rss'])}" if found else "-"
 
 
 def _seconds(value: float | None) -> str:

@@ -224,9 +224,17 @@ class Worker:
                     self._queue.current = None
                     self._changed.notify_all()
         finally:
-            process, self._process = self._process, None
-            if process is not None:
-                process.close()
+            self._retire()
+
+    def _retire(self) -> None:
+        """End the thread. In one step with letting go of the process: another thread may begin."""
+        with self._changed:
+            process, self._process, self._thread = self._process, None, None
+            self._queue.current = None
+            if self._queue.waiting:
+                self._ensure_thread()
+        if process is not None:
+            process.close()
 
     def _next(self) -> Order | None:
         """Return the newest order; ``None`` when there was none for long."""
@@ -240,7 +248,6 @@ class Worker:
                 if self._warm:
                     self._warm, end = False, time.monotonic() + IDLE_S
             if self._closing or not self._queue.waiting:
-                self._thread = None
                 return None
             self._queue.current = self._queue.waiting.pop()
             return self._queue.current

@@ -1,0 +1,90 @@
+"""The thread beside the worker: it comes and goes, and no order is lost on the way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from onnxport import Background
+from onnxport.config import ExportOptions
+from onnxport.report import Provenance
+from onnxport.tree import Example
+from onnxport.worker import client
+from onnxport.worker.client import Order, Worker
+from onnxport.worker.protocol import Done, SentJob, WeightsFile
+
+if TYPE_CHECKING:
+    from onnxport.errors import WorkerError
+
+pytestmark = [pytest.mark.integration, pytest.mark.worker]
+
+
+def order(tmp_path: Path, number: int, results: list[Any]) -> Order:
+    from onnxport.exporter.fingerprint import fingerprint
+    from onnxport.exporter.skeleton import make_skeleton, pickle_by_value
+
+    module = nn.Linear(3, 2)
+    file = tmp_path / f"{number}.pt"
+    torch.save(dict(module.state_dict()), file)
+
+    def done(result: Done | WorkerError) -> None:
+        results.append(result)
+
+    return Order(
+        SentJob(
+            number=number,
+            session="s",
+            weights=WeightsFile(path=file),
+            path=tmp_path / f"{number}.onnx",
+            options=ExportOptions(core="trace"),
+            provenance=Provenance(),
+            reference=None,
+            fingerprint=fingerprint(module),
+            skeleton=make_skeleton(module, module.state_dict()),
+            calls=pickle_by_value(("", (Example((torch.randn(4, 3),)),))),
+        ),
+        done,
+    )
+
+
+def test_orders_that_come_while_the_thread_leaves_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "IDLE_S", 0.05)
+    worker, results = Worker(Background()), []
+    for number in range(6):
+        worker.submit(order(tmp_path, number, results))
+        assert worker.wait("s", 120.0) == []
+        # Around the moment in which the thread and its process go.
+        time.sleep(0.045 + 0.005 * number)
+    assert [result.report.ok for result in results] == [True] * 6
+    worker.close()
+
+
+def test_an_idle_worker_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "IDLE_S", 0.2)
+    worker, results = Worker(Background()), []
+    worker.submit(order(tmp_path, 0, results))
+    assert worker.wait("s", 120.0) == []
+    pid = worker.pid
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    assert worker.pid is None
+
+
+def test_a_later_order_for_the_same_file_replaces_one_that_waits(tmp_path: Path) -> None:
+    worker, results = Worker(Background()), []
+    for number in (0, 1, 1, 1):
+        worker.submit(order(tmp_path, number, results))
+    worker.forget(tmp_path / "0.onnx")
+    assert worker.wait("s", 120.0) == []
+    assert {result.number for result in results} == {1}
+    assert len(results) <= 2  # the first may have been begun already
+    worker.close()
