@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from onnxport.config import ExportOptions
 from onnxport.exporter import writer
 from onnxport.exporter.fingerprint import fingerprint
+from onnxport.exporter.module_state import copy_module
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
 from onnxport.pipeline import ExportJob, GivenModule, Pipeline
@@ -128,7 +129,7 @@ def run(
 ) -> ExportReport:
     return pipeline.run(
         ExportJob(
-            source=GivenModule(copy.deepcopy(module).eval()),
+            source=GivenModule(copy_module(module).eval()),
             examples=(Example((x,)),),
             path=path,
             options=ExportOptions(core=core, **options),  # type: ignore[arg-type]
@@ -138,7 +139,7 @@ def run(
 
 
 def assert_computes(path: Path, module: nn.Module, x: torch.Tensor) -> None:
-    wide = copy.deepcopy(module).eval()
+    wide = copy_module(module).eval()
     if x.dtype is torch.bfloat16:
         wide, x = wide.float(), x.float()
     with torch.no_grad():
