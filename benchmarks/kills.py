@@ -34,6 +34,8 @@ from onnxport.worker.client import worker_for
 
 RESULTS = Path(__file__).parent / "results"
 OPTIONS = Background(drain_s=300)
+ROUND = 10
+"""After so many kills training is started again and may finish."""
 
 
 class Net(pl.LightningModule):
@@ -46,15 +48,18 @@ class Net(pl.LightningModule):
         self.losses: list[float] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, 4) for (N, 64)."""
         return self.head(self.net(x))
 
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        """Take a moment."""
         time.sleep(0.02)
         loss = self(batch[0]).square().mean()
         self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return one with state, so that checkpoints are larger than weights."""
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
@@ -67,6 +72,7 @@ class Killer(Callback):
         self.next = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        """Kill, if it is time."""
         if time.monotonic() >= self.next:
             pid = worker_for(OPTIONS, 0).pid
             if self.left and pid is not None and self.next:
@@ -157,7 +163,7 @@ def kill_trainers(tries: int) -> dict[str, object]:
     orphans = models = 0
     with tempfile.TemporaryDirectory() as root:
         for number in range(tries):
-            folder = Path(root) / f"{number // 10}"
+            folder = Path(root) / f"{number // ROUND}"
             command = [sys.executable, __file__, "--train", str(folder)]
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -170,7 +176,7 @@ def kill_trainers(tries: int) -> dict[str, object]:
             orphans += sum(Path(f"/proc/{pid}").exists() for pid in workers)
             models += len(list(folder.glob("*.onnx")))
             problems += [f"try {number}: {text}" for text in faults(folder, finished=False)]
-            if number % 10 == 9:
+            if number % ROUND == ROUND - 1:
                 train(folder, 2, export=OnnxExport(mlflow=False, background=OPTIONS))
                 problems += [f"after {number}: {text}" for text in faults(folder, finished=True)]
             print(f"trainer {number + 1}/{tries}: {len(problems)} problems", flush=True)

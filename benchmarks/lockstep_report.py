@@ -210,6 +210,7 @@ def row_figures(row: Found, none: Found | None, part: Found) -> Found:
         "how": [report["how"] for report in done],
         "reports_failed": [r["error"] for r in row["reports"] if not r["ok"]],
         "preflight": [sum(report["stages"].values()) for report in row["preflight"]],
+        "preflight_stages": [report["stages"] for report in row["preflight"]],
         "fit_s": total,
         "at_end_s": hooks.get("on_fit_end", {}).get("sum"),
         "batch_hook_max": hooks.get("on_train_batch_start", {}).get("max"),
@@ -241,7 +242,10 @@ def _worker_figures(row: Found, before: Found | None) -> Found:
         return {}
     return {
         "worker_above": {kind: late[kind] - before[kind] for kind in before},
-        "worker_rest_above": {kind: rest[kind] - before[kind] for kind in before},
+        # With several workers, one after the other, the least is one that has just begun.
+        "worker_rest_above": {kind: rest[kind] - before[kind] for kind in before}
+        if row["workers"] == 1
+        else None,
     }
 
 
@@ -306,7 +310,7 @@ def growth_of(growth: Found | None) -> Found | None:
         row = figures["rows"].get("background")
         if row is None:
             continue
-        above, rest = row.get("worker_above", {}), row.get("worker_rest_above", {})
+        above, rest = row.get("worker_above", {}), row.get("worker_rest_above") or {}
         lines.append(
             {
                 "weights": figures["weights"],
@@ -468,9 +472,9 @@ def _notes(name: str, row: Found) -> list[str]:
     if row["preflight"]:
         rest = row.get("worker_rest_above")
         held = f"; between them the worker has {_both(rest)} MB" if rest else ""
-        stages = ", ".join(f"{stage} {_seconds(s)}" for stage, s in row["stages"].items())
+        first, stages = _listed(row["preflight_stages"][0]), _listed(row["stages"])
         notes.append(
-            f"{ROWS[name]}: first export, proof included {_seconds(row['preflight'][0])}; longest "
+            f"{ROWS[name]}: first export {_seconds(row['preflight'][0])} ({first}); longest "
             f"batch hook {_seconds(row['batch_hook_max'])}; refreshes: {stages or 'none'}; "
             f"{', '.join(row['how'])}{held}."
         )
@@ -482,6 +486,10 @@ def _notes(name: str, row: Found) -> list[str]:
     for text, count in {text: problems.count(text) for text in problems}.items():
         notes.append(f"{ROWS[name]}: {_line(str(text))}{f' ({count} times)' * (count > 1)}")
     return notes
+
+
+def _listed(stages: Found) -> str:
+    return ", ".join(f"{stage} {_seconds(s)}" for stage, s in stages.items())
 
 
 def _growth_lines(growth: Found) -> list[str]:
@@ -496,7 +504,7 @@ def _growth_lines(growth: Found) -> list[str]:
             _spread(line["refresh"]),
             _spread(line["stall"]),
             _both(line),
-            f"{_mb(line['rest_own'])} / {_mb(line['rest_rss'])}",
+            _both({"own": line["rest_own"], "rss": line["rest_rss"]}),
         )
         for line in growth["lines"]
     )

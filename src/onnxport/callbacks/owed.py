@@ -44,7 +44,10 @@ def note(model: Path, name: str, origin: Provenance) -> None:
 
 def settle(model: Path) -> None:
     """The model is there, or will never be."""
-    _marker(model).unlink(missing_ok=True)
+    try:
+        _marker(model).unlink(missing_ok=True)
+    except OSError:  # the folder is no folder, or not ours to write to any more
+        logger.debug("The marker of %s stays.", model, exc_info=True)
 
 
 def owed(folders: Iterable[Path], name: str) -> Iterator[tuple[Path, Provenance]]:

@@ -13,7 +13,7 @@ from onnxport.pipeline.run import read_report
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["is_model_of", "model_path"]
+__all__ = ["ModelPaths", "is_model_of", "model_path"]
 
 _CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
 
@@ -41,11 +41,40 @@ def model_path(
     parents = [path.relative_to(root).parent for root in roots if path.is_relative_to(root)]
     folder = dirpath / (parents[0] if parents else "")
     plain = folder / f"{stem}.onnx"
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # noqa: PTH100 - no links
-    unique = folder / f"{stem}-{digest}.onnx"
+    unique = folder / f"{stem}-{_digest(path)}.onnx"
     if is_model_of(unique, path) or _is_taken(plain, path):
         return unique
     return plain
+
+
+class ModelPaths:
+    """Where the models of one run lie, those included that are on their way.
+
+    Args:
+        dirpath: See :func:`model_path`.
+        roots: See :func:`model_path`.
+    """
+
+    def __init__(self, dirpath: Path | None = None, roots: Sequence[str | Path] = ()) -> None:
+        self._dirpath, self._roots = dirpath, tuple(roots)
+        self._known: dict[str, Path] = {}
+
+    def of(self, checkpoint: str) -> Path:
+        """Return where the model of a checkpoint goes; of one checkpoint always the same."""
+        if self._dirpath is None:
+            return model_path(checkpoint)
+        if checkpoint not in self._known:
+            path = model_path(checkpoint, self._dirpath, self._roots)
+            rivals = [other for other, known in self._known.items() if known == path]
+            if any(Path(other).exists() for other in rivals):
+                path = path.with_name(f"{path.stem}-{_digest(Path(checkpoint))}{path.suffix}")
+            self._known[checkpoint] = path
+        return self._known[checkpoint]
+
+
+def _digest(checkpoint: Path) -> str:
+    absolute = os.path.abspath(checkpoint)  # noqa: PTH100 - links are not followed
+    return hashlib.sha256(absolute.encode()).hexdigest()[:8]
 
 
 def is_model_of(model: Path, checkpoint: Path) -> bool:

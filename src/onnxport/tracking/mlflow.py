@@ -26,7 +26,7 @@ from onnxport.tracking.reachable import require_reachable, without_password
 from onnxport.tracking.registry import already_there_is_fine, register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from onnxport.report import ExportReport, Provenance
     from onnxport.tracking.base import RunAddress
@@ -193,14 +193,19 @@ class MlflowTracker:
         points = {
             "onnx/max_abs_error": report.max_abs_error or 0.0,
             "onnx/size_mb": Path(str(report.path)).stat().st_size / 2**20,
-            "onnx/export_s": sum(s for stage, s in report.seconds.items() if stage != "total"),
+            "onnx/export_s": sum(
+                s for stage, s in report.seconds.items() if stage not in {"total", "stall"}
+            ),
         }
         linked: list[Metric] = []
         tags: dict[str, str] = {}
         for name, value in report.metrics.items():
             key = _metric_key(self._run.address.metric_prefix + name)
             point = latest.get(key)
-            if point is not None and point.value == value:
+            if point is not None and point.value != value:
+                # Training went on while the model was made: its point is an earlier one.
+                point = _point_at(client.get_metric_history(run_id, key), value, step)
+            if point is not None:
                 linked.append(
                     Metric(key, value, point.timestamp, point.step, model_id=logged.model_id)
                 )
@@ -214,6 +219,12 @@ class MlflowTracker:
         client.log_batch(run_id, metrics=[*linked, *own])
         if tags:
             client.set_logged_model_tags(logged.model_id, tags)
+
+
+def _point_at(history: Sequence[Any], value: float, step: int) -> Any:
+    """Return the point of a metric that has a value, the nearest to a step; ``None``: none has."""
+    points = [point for point in history if point.value == value]
+    return min(points, key=lambda point: abs(point.step - step), default=None)
 
 
 class _Run:

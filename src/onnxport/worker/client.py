@@ -71,8 +71,12 @@ class Order:
         if self.weights is not None:
             os.close(self.weights)
             self.weights = None
-        if not self.dropped:
+        if self.dropped:
+            return
+        try:
             self.done(result)
+        except Exception:  # the thread must go on
+            logger.exception("What became of %s could not be noted.", self.job.path)
 
 
 @dataclass(slots=True)
@@ -237,7 +241,7 @@ class Worker:
             process.close()
 
     def _next(self) -> Order | None:
-        """Return the newest order; ``None`` when there was none for long."""
+        """Return the oldest order; ``None`` when there was none for long."""
         if self._warm:
             self._warm = False
             self._try_to_start()
@@ -249,7 +253,7 @@ class Worker:
                     self._warm, end = False, time.monotonic() + IDLE_S
             if self._closing or not self._queue.waiting:
                 return None
-            self._queue.current = self._queue.waiting.pop()
+            self._queue.current = self._queue.waiting.pop(0)
             return self._queue.current
 
     def _try_to_start(self) -> None:

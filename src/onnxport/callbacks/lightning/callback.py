@@ -37,7 +37,7 @@ from onnxport.callbacks.options import (
     read_preflight,
     read_targets,
 )
-from onnxport.callbacks.paths import model_path
+from onnxport.callbacks.paths import ModelPaths
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
@@ -162,6 +162,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._saves = 0
         self._place: str | None = ""
         self._folder = Path()
+        self._paths = ModelPaths(self.dirpath)
         self._linked = 0
         self._batches = 0
         self._ended = False
@@ -221,6 +222,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
+        self._paths = ModelPaths(self.dirpath, self._roots)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         self._earlier, self._saves, self._sessions = self.reports, 0, {}
         self._batches, self._linked, self._early_failure, self._ended = 0, 0, None, False
@@ -374,7 +376,7 @@ class OnnxExport(metaclass=FrameworkAware):
             self._sessions[name].saved(Saved(state=state, path=path, origin=origin, file=file))
 
     def _model_path(self, checkpoint: str, name: str) -> Path:
-        path = model_path(checkpoint, self.dirpath, self._roots)
+        path = self._paths.of(checkpoint)
         return path.with_name(f"{path.stem}{name}{self._place or ''}{path.suffix}")
 
     def _mirror_links(self, trainer: Any) -> None:
