@@ -582,7 +582,7 @@ def _plot(file: Path, results: Found) -> bool:
     for (draw, data), place in zip(panels, axes[0], strict=True):
         draw(place, data)
         place.grid(alpha=0.3)
-        place.legend(fontsize=7)
+        place.legend(fontsize=7, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
@@ -637,4 +637,4 @@ def _draw_leak(place: Any, leak: Found) -> None:
                 place.plot(*zip(*late, strict=True), label=f"{who}, {ROWS[name]}")
     place.set_xlabel("checkpoints")
     place.set_ylabel("anonymous memory, MB")
-    place.set_ylim(bottom=0)
+    place.set_ylim(0, 1.1 * place.dataLim.ymax)

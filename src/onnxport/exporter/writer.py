@@ -38,6 +38,7 @@ __all__ = [
     "require_replaceable",
     "staging",
     "sweep",
+    "sync_model",
     "write_filled",
     "write_text",
     "write_whole",
@@ -161,6 +162,8 @@ def write_filled(
     path: Path,
     tensors: Iterable[torch.Tensor],
     metadata: Callable[[], Mapping[str, object]],
+    *,
+    sync: bool = True,
 ) -> None:
     """Write a template with weights; no more than one tensor is held in memory.
 
@@ -170,13 +173,14 @@ def write_filled(
         tensors: One for each slot, in order.
         metadata: Gives what is written to ``metadata_props``, see :func:`write_whole`. It is asked
             when the weights are written, so that it may be worked out meanwhile.
+        sync: Bring the file to the disk; if not, :func:`sync_model` has to.
 
     Raises:
         PublishError: If the disk does not take it.
     """
     data = path.with_name(path.name + DATA_SUFFIX)
     parts = (template.head, template.graph, template.slots)
-    with _written(path), path.open("wb", buffering=0) as file:
+    with _written(path, sync=sync), path.open("wb", buffering=0) as file:
         if template.nbytes > EXTERNAL_DATA_BYTES:
             with data.open("wb", buffering=0) as weights:
                 write_external(file, weights, data.name, *parts, tensors)
@@ -189,7 +193,7 @@ def write_filled(
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: Path, *, sync: bool = True) -> Iterator[None]:
     """Start afresh, and bring what was written to the disk.
 
     Raises:
@@ -198,6 +202,19 @@ def _written(path: Path) -> Iterator[None]:
     try:
         path.with_name(path.name + DATA_SUFFIX).unlink(missing_ok=True)
         yield
+        for file in model_files(path) if sync else ():
+            _sync(file)
+    except OSError as error:
+        raise PublishError(_not_written(path, error)) from error
+
+
+def sync_model(path: Path) -> None:
+    """Bring a model's files to the disk.
+
+    Raises:
+        PublishError: If the disk does not take it.
+    """
+    try:
         for file in model_files(path):
             _sync(file)
     except OSError as error:
