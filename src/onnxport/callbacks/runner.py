@@ -60,6 +60,10 @@ class Runner(Protocol):
         """Wait until all is done, or give up what is not; return the models that are missing."""
         ...
 
+    def close(self) -> None:
+        """Training is over; there may still be a job, but no hurry."""
+        ...
+
 
 class InlineRunner:
     """Does the work at once, where it is asked for."""
@@ -90,6 +94,9 @@ class InlineRunner:
         """Return nothing."""
         return []
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
@@ -115,7 +122,7 @@ class WorkerRunner:
         self._sent = _Sent()
         self._inline: Pipeline | None = None
         self._blueprint: bytes | None = None
-        self._worker.warm_up()
+        self._worker.open(self._session)
 
     def run(self, job: ExportJob, live: LiveModule, file: Path | None, finished: Finished) -> None:
         """See :class:`Runner`. Takes as long as one copy of what is no weight, if that changed."""
@@ -209,6 +216,10 @@ class WorkerRunner:
         if left:
             self._worker.abandon(self._session)
         return [order.job.path for order in left]
+
+    def close(self) -> None:
+        """Let the worker go when it has nothing to do."""
+        self._worker.leave(self._session)
 
 
 def _copied(state: Mapping[str, Any]) -> int:

@@ -339,6 +339,7 @@ class ExportSession:
             failed: Whether training ended with an error.
         """
         self._observer.stop()
+        self._runner.close()
         if self._tracker is None:
             return
         self._tracker.resume()

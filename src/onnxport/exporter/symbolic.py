@@ -9,9 +9,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from onnxscript import optimizer
-from onnxscript.rewriter import onnx_fusions
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
@@ -55,6 +52,10 @@ def optimize_symbolically(model: ir.Model, names: Collection[str]) -> None:
 
     Source: ``onnxscript._framework_apis.torch_2_8.optimize`` (onnxscript 0.7).
     """
+    # 20 MB that a trainer with a worker need not have in memory.
+    from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
+
     with symbolic_weights(model, names):
         optimizer.optimize_ir(model)
         onnx_fusions.fuse(model)

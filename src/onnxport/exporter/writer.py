@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTERNAL_DATA_BYTES",
+    "drop_weights",
     "finish_graph",
     "model_files",
     "publish",
@@ -132,6 +133,12 @@ def finish_graph(
     _complete_shapes(model.graph.outputs, signature.outputs)
     model.producer_name = "onnxport"
     return known
+
+
+def drop_weights(model: ir.Model) -> None:
+    """Let go of a graph's weights: onnxscript's rewriter keeps the last graph that it saw."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 def write_whole(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:

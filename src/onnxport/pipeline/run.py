@@ -21,6 +21,7 @@ from onnxport.exporter.target import target_text
 from onnxport.exporter.template import StaleTemplateError, make_template
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
+    drop_weights,
     finish_graph,
     publish,
     remove_model,
@@ -279,6 +280,7 @@ class _Candidate:
         """
         with self.watch.stage("write"):
             self._write(rung, model)
+            drop_weights(model)
         with self.watch.stage("prove"):
             checks, self.opset = self._proof.judge(self._staged)
         return checks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from onnxport._optional import optional_import
+from onnxport._optional import is_available, optional_import
 from onnxport.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def _runtime() -> Any:
 
 
 def require_runtime() -> None:
-    """Fail early when ONNX Runtime is not installed.
+    """Fail early when ONNX Runtime is not installed; it is not imported yet where it is.
 
     Raises:
         MissingDependencyError: With the command that installs it.
     """
-    _runtime()
+    if not is_available("onnxruntime"):
+        _runtime()
 
 
 def runtime_version() -> str:

@@ -30,7 +30,7 @@ __all__ = ["Order", "Worker", "worker_for"]
 logger = logging.getLogger(__name__)
 
 IDLE_S = 20.0
-"""A worker without work is ended after so long; the next fit may need it at once."""
+"""A worker is ended so long after the last fit that used it; the next may need it at once."""
 
 MAX_TRIES = 3
 """How often an order is tried when the worker dies over it."""
@@ -102,6 +102,7 @@ class Worker:
         self._process: WorkerProcess | None = None
         self._deaths = 0
         self._warm = False
+        self._open: set[str] = set()
         self._closing = False
 
     @property
@@ -112,11 +113,22 @@ class Worker:
 
     # --- called by the trainer ----------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """Start the process: its imports take seconds."""
+    def open(self, session: str) -> None:
+        """A session begins: start the process, whose imports take seconds, and keep it.
+
+        It knows the graph; without it the next checkpoint would have to be exported.
+        """
         with self._changed:
+            self._open.add(session)
             self._warm = True
             self._ensure_thread()
+            self._changed.notify_all()
+
+    def leave(self, session: str) -> None:
+        """A session is over: without work the process ends soon."""
+        with self._changed:
+            self._open.discard(session)
+            self._changed.notify_all()
 
     def submit(self, order: Order) -> None:
         """Queue an order. A waiting one for the same file is dropped: its weights are older."""
@@ -242,15 +254,16 @@ class Worker:
 
     def _next(self) -> Order | None:
         """Return the oldest order; ``None`` when there was none for long."""
-        if self._warm:
-            self._warm = False
+        with self._changed:
+            warm, self._warm = self._warm, False
+        if warm:
             self._try_to_start()
         with self._changed:
             end = time.monotonic() + IDLE_S
             while not self._queue.waiting and not self._closing and time.monotonic() < end:
-                self._changed.wait(max(0.0, end - time.monotonic()))
-                if self._warm:
-                    self._warm, end = False, time.monotonic() + IDLE_S
+                self._changed.wait(None if self._open else end - time.monotonic())
+                if self._open:
+                    end = time.monotonic() + IDLE_S
             if self._closing or not self._queue.waiting:
                 return None
             self._queue.current = self._queue.waiting.pop(0)

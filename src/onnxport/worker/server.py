@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import pickle
@@ -17,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +122,9 @@ class _Server:
         job: SentJob = pickle.loads(body)  # noqa: S301 - from the trainer, by a private socket
         try:
             report, session = self._run(job, descriptors)
+            if report is None or report.how == "export":
+                # Exporters leave cycles that hold the weights; the next job may be hours away.
+                gc.collect()
         except CheckpointGoneError:
             send(self.channel, Done(job.number, None))
             return
@@ -198,6 +203,21 @@ def _set_up(setup: Setup) -> None:
     logging.getLogger("onnxport").setLevel(setup.log_level)
 
 
+def _rehearse() -> None:
+    """Export something tiny: exporters import and register much when they are first used."""
+    import torch
+
+    import onnxport
+
+    with tempfile.TemporaryDirectory(prefix="onnxport-") as folder:
+        try:
+            onnxport.export(
+                torch.nn.Linear(2, 2), torch.zeros(3, 2), Path(folder) / "x.onnx", core="dynamo"
+            )
+        except Exception:
+            logger.debug("The rehearsal failed; the first job will tell why.", exc_info=True)
+
+
 def _die_with_parent() -> None:
     """Ask Linux to end this process with the thread that started it."""
     try:
@@ -232,6 +252,8 @@ def main(descriptor: int) -> None:
     runtime.require_runtime()
     runtime.use_threads(setup.threads)
     send(channel, Ready(os.getpid()))
+    if jobs.empty():
+        _rehearse()
     _Server(channel).serve(jobs)
 
 
