@@ -89,7 +89,8 @@ class Check:
         sizes: Size of each symbolic dimension.
         rows: What was fed: ``"real"`` rows of a real batch, or these rows ``"negated"``,
             ``"scaled"`` or ``"shuffled"``.
-        reference: ``"float64"``, ``"table"`` where the module does not run in float64, or
+        reference: ``"float64"``; ``"float32"`` where a run in float64 would take long, with the
+            budget of the shorter ones; ``"table"`` where the module does not run in float64; or
             ``"live"``: what the module in training gave with the checkpoint's weights.
         outputs: One comparison per output, in graph order.
         ok: Whether all outputs agreed.

@@ -105,5 +105,7 @@ def _nudge(module: nn.Module) -> None:
     with torch.no_grad():
         for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values():
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                factor = torch.rand(tensor.shape, generator=generator) * (MOST - LEAST) + LEAST
-                tensor.copy_(tensor * factor.to(tensor.dtype))
+                # By rows: that is quick, and no layer that normalises undoes it.
+                shape = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))
+                factor = torch.rand(shape, generator=generator) * (MOST - LEAST) + LEAST
+                tensor.mul_(factor.to(tensor.dtype))

@@ -14,7 +14,7 @@ from onnxport.errors import ExportError, VerificationError
 from onnxport.inputs.resize import current_sizes, lower, negate, resize, scale, shuffle
 from onnxport.pipeline.runs import run_flat
 from onnxport.report import Check
-from onnxport.validation.budget import Reference, make_references, pooled_noise
+from onnxport.validation.budget import Reference, make_references, pinned_reference, pooled_noise
 from onnxport.validation.graph import check_graph
 from onnxport.validation.parity import compare
 from onnxport.validation.session import Session, resolve_providers
@@ -42,6 +42,8 @@ VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
 }
 """Rows made from real ones that may take other branches of the module."""
 SMALL_BATCH = 2
+FLOAT64_S = 0.3
+"""Seconds of runs after which no more are repeated in float64, which takes twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,15 +118,21 @@ class Proof:
 
     def _make_cases(self) -> tuple[Case, ...]:
         wanted = list(self._wanted())
-        runs = [(rows, inputs, self._try(rows, inputs)) for rows, inputs in wanted]
-        kept = [
-            (rows, inputs, run)
-            for rows, inputs, run in runs
-            if run is not None and (rows == REAL or _all_finite(run))
-        ]
+        kept: list[tuple[str, Tensors, Tensors]] = []
+        seconds: list[float] = []
+        for rows, inputs in wanted:
+            start = time.perf_counter()
+            run = self._try(rows, inputs)
+            if run is not None and (rows == REAL or _all_finite(run)):
+                kept.append((rows, inputs, run))
+                seconds.append(time.perf_counter() - start)
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
-        doubles = _run_double(self._plan.flat, [inputs for _, inputs, _ in kept])
+        exact = _worth_float64([rows for rows, _, _ in kept], seconds)
+        doubles = _run_double(
+            self._plan.flat,
+            [kept[place][1] if place in exact else None for place in range(len(kept))],
+        )
         references: list[list[Reference]] = [[] for _ in kept]
         # Such rows may be out of the module's domain: their rounding says nothing of real ones.
         for rows in (REAL, *VARIANTS):
@@ -140,6 +148,12 @@ class Proof:
             )
             for place, reference in zip(places, made, strict=True):
                 references[place] = reference
+        if any(doubles):
+            for place in set(range(len(kept))) - exact:
+                references[place] = [
+                    pinned_reference(out, noise, self._verify.tolerance, source="float32")
+                    for out, noise in zip(kept[place][2], self.noise, strict=True)
+                ]
         axes = self._plan.axes.inputs
         return tuple(
             Case(
@@ -274,12 +288,28 @@ def _all_finite(outputs: Tensors) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point())
 
 
-def _run_double(flat: FlatModule, inputs: Sequence[Tensors]) -> list[Tensors | None]:
-    """Run the same rows in float64; ``None`` where the module does not run so."""
+def _worth_float64(rows: Sequence[str], seconds: Sequence[float]) -> set[int]:
+    """Return the runs that are repeated in float64: all, or of a dear module the quicker ones.
+
+    What rounding costs is seen on few rows as well as on many.
+    """
+    chosen: set[int] = set()
+    spent = 0.0
+    for place in sorted(range(len(rows)), key=seconds.__getitem__):
+        if rows[place] != REAL or spent < FLOAT64_S or not chosen:
+            chosen.add(place)
+            spent += seconds[place]
+    return chosen if any(rows[place] == REAL for place in chosen) else set(range(len(rows)))
+
+
+def _run_double(flat: FlatModule, inputs: Sequence[Tensors | None]) -> list[Tensors | None]:
+    """Run some of the rows in float64; ``None`` where the module does not run so."""
     try:
         double = copy.deepcopy(flat).double()
         return [
-            run_flat(double, [t.double() if t.is_floating_point() else t for t in tensors])
+            None
+            if tensors is None
+            else run_flat(double, [t.double() if t.is_floating_point() else t for t in tensors])
             for tensors in inputs
         ]
     except Exception:

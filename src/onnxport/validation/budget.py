@@ -48,7 +48,7 @@ class Reference:
         exact: The float64 output where there is one, else ``expected``.
         budget: Allowed absolute distance from ``exact``, in units of the output: for each element,
             or one number for all.
-        source: ``"float64"`` or ``"table"``.
+        source: ``"float64"``, ``"float32"``, ``"live"`` or ``"table"``.
     """
 
     expected: torch.Tensor
@@ -114,13 +114,16 @@ def _largest_rounding(error: torch.Tensor) -> float:
     return float(rounding.max()) if rounding.numel() else float(present.max())
 
 
-def pinned_reference(out: torch.Tensor, noise: float, tolerance: Tolerance) -> Reference:
+def pinned_reference(
+    out: torch.Tensor, noise: float, tolerance: Tolerance, source: str = "live"
+) -> Reference:
     """Make a reference of one run with other weights, where float64 is not run again.
 
     Args:
         out: The output; it is itself as far from float64 as PyTorch is.
         noise: PyTorch's relative error as it was measured before.
         tolerance: Factor of the budget, or a tolerance that replaces it.
+        source: What the report says of it.
     """
     budget: torch.Tensor | float
     if tolerance.atol is not None or tolerance.rtol is not None:
@@ -133,7 +136,7 @@ def pinned_reference(out: torch.Tensor, noise: float, tolerance: Tolerance) -> R
         if noise < eps / 64:
             relative = TABLE_EPS.get(out.dtype, 1e-3)
         budget = relative * _magnitude(out)
-    return Reference(expected=out, exact=out, budget=budget, source="live")
+    return Reference(expected=out, exact=out, budget=budget, source=source)
 
 
 def _reference(
