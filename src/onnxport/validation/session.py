@@ -41,13 +41,16 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def require_runtime() -> None:
-    """Fail early when ONNX Runtime is not installed; it is not imported yet where it is.
+def require_runtime(*, here: bool = True) -> None:
+    """Fail early when ONNX Runtime is not installed.
+
+    Args:
+        here: Whether it will be used in this process; if not, it is looked for and not imported.
 
     Raises:
         MissingDependencyError: With the command that installs it.
     """
-    if not is_available("onnxruntime"):
+    if here or not is_available("onnxruntime"):
         _runtime()
 
 

@@ -146,11 +146,11 @@ class OnnxExport(metaclass=FrameworkAware):
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         require_choice("on_error", on_error, ("warn", "raise"))
-        require_runtime()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.cadence = read_when(when)
         self.targets = read_targets(target)
         self.background = read_background(background)
+        require_runtime(here=self.background is None)
         self.preflight = read_preflight(preflight, self.background)
         self.on_error = on_error
         self.options = ExportOptions.of(
