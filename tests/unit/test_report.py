@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxport.pipeline.run import read_report, save_report
+from onnxport.pipeline.report_files import read_report, save_report
 from onnxport.report import (
     Attempt,
     AxisEvidence,

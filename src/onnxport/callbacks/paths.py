@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.exporter.ownership import read_metadata
-from onnxport.pipeline.run import read_report
+from onnxport.pipeline.report_files import read_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

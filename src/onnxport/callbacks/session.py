@@ -8,9 +8,7 @@ of its methods raises: failures are reported, and handed out by :meth:`ExportSes
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from bisect import bisect
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport.api import read_examples
+from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.owed import note, owed, settle
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner
-from onnxport.errors import ExportError, OnnxportError
+from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
 from onnxport.exporter.module_state import copy_module, evaluate, plain_name, preserved_rng
@@ -34,7 +33,7 @@ from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob
-from onnxport.pipeline.run import save_report
+from onnxport.pipeline.report_files import save_report
 from onnxport.report import ExportReport, Provenance, TrackingRecord
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from onnxport.callbacks.runner import Finished, Runner
     from onnxport.config import ExportOptions
+    from onnxport.errors import ExportError
     from onnxport.exporter.target import Target
     from onnxport.tracking.base import Tracker
     from onnxport.tree import Example
@@ -88,7 +88,6 @@ class ExportSession:
         name: What follows the names of its models.
 
     Attributes:
-        reports: One report per attempted checkpoint, in order.
         preflight: The report of the trial before the first checkpoint, when there was one.
 
     Raises:
@@ -108,24 +107,18 @@ class ExportSession:
         runner: Runner | None = None,
         name: str = "",
     ) -> None:
-        self.reports: list[ExportReport] = []
+        self._kept = KeptReports(say)
         self.preflight: ExportReport | None = None
         self._module = module
         self._options = options
         self._target = target
         self._tracker = tracker
         self._fallback = fallback
-        self._say = say
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
         self._recovered = False
-        self._lock = threading.Lock()
-        self._order: list[int] = []
-        self._begun = 0
         self._small: Example | None = None
         self._preflight_begun = False
-        self._failure: ExportError | None = None
-        self._told: set[str] = set()
         self._reference = Reference(module)
         self._rehearsals = MAX_REHEARSALS
         self._origins: dict[str, Provenance] = {}
@@ -177,7 +170,7 @@ class ExportSession:
                 it computes with them.
         """
         start = time.perf_counter()
-        place = self._next_place()
+        place = self._kept.next_place()
         stall: list[float] = []
 
         def finished(report: ExportReport | None, example: Example | None) -> None:
@@ -190,10 +183,12 @@ class ExportSession:
                 {"stall": stall[0]} if stall else {}
             )
             if report.ok and not saved.path.exists():
-                self._keep(report, seconds, place)  # it was removed with its checkpoint meanwhile
+                self._kept.keep(
+                    report, seconds, place
+                )  # it was removed with its checkpoint meanwhile
                 return
             report = self._track(report, saved.origin, last=False)
-            self._keep(report, seconds, place)
+            self._kept.keep(report, seconds, place)
 
         note(saved.path, self._name, saved.origin)
         self._begin(saved, finished, alive=alive)
@@ -202,11 +197,11 @@ class ExportSession:
     def dry_run(self, saved: Saved) -> None:
         """Prove that the module exports; the report names no file, nothing is tracked."""
         start = time.perf_counter()
-        place = self._next_place()
+        place = self._kept.next_place()
 
         def finished(report: ExportReport | None, _: Example | None) -> None:
             if report is not None:
-                self._keep(report, {"total": time.perf_counter() - start}, place)
+                self._kept.keep(report, {"total": time.perf_counter() - start}, place)
 
         self._begin(saved, finished, publish=False)
 
@@ -228,6 +223,11 @@ class ExportSession:
                 failed(report.error or "it does not export")
 
         self._begin(saved, finished, publish=False)
+
+    @property
+    def reports(self) -> list[ExportReport]:
+        """One report per attempted checkpoint, in the order in which they were begun."""
+        return self._kept.reports
 
     @property
     def awaits_trial(self) -> bool:
@@ -278,10 +278,6 @@ class ExportSession:
                 save_report(report, saved.path)
             finished(report, None)
 
-    def _next_place(self) -> int:
-        self._begun += 1
-        return self._begun
-
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
         report = ExportReport(
@@ -292,7 +288,7 @@ class ExportSession:
             metrics=origin.metrics,
             error=error,
         )
-        self._keep(report, {"total": 0.0}, self._next_place())
+        self._kept.keep(report, {"total": 0.0}, self._kept.next_place())
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
         """A checkpoint was removed: remove its model.
@@ -324,7 +320,9 @@ class ExportSession:
                 "waits (Background(drain_s=)). The next fit with this checkpoint folder makes it."
             )
             logger.warning(text)
-            self._keep(ExportReport(ok=False, error=text), {"total": limit_s}, self._next_place())
+            self._kept.keep(
+                ExportReport(ok=False, error=text), {"total": limit_s}, self._kept.next_place()
+            )
 
     @property
     def unfinished(self) -> list[str]:
@@ -358,8 +356,7 @@ class ExportSession:
 
     def take_failure(self) -> ExportError | None:
         """Return the first failure that was not taken yet."""
-        failure, self._failure = self._failure, None
-        return failure
+        return self._kept.take_failure()
 
     # --- the work ---------------------------------------------------------------------------
 
@@ -406,7 +403,7 @@ class ExportSession:
         except BaseException:  # Ctrl-C: what was begun is found and completed by the next try
             record = TrackingRecord(uri="", missing="publishing was interrupted")
             if report not in self.reports:
-                self._keep(report.with_tracking(record), {}, self._next_place())
+                self._kept.keep(report.with_tracking(record), {}, self._kept.next_place())
             raise
         save_report(tracked, Path(str(report.path)))
         return tracked
@@ -414,30 +411,6 @@ class ExportSession:
     def _is_down(self, place: int) -> bool:
         tracking = self.reports[place].tracking
         return tracking is not None and bool(tracking.missing)
-
-    def _keep(self, report: ExportReport, seconds: Mapping[str, float], place: int) -> None:
-        times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
-        report = replace(report, seconds=times)
-        with self._lock:  # models may be finished in another order than they were begun
-            index = bisect(self._order, place)
-            self._order.insert(index, place)
-            self.reports.insert(index, report)
-        if report.ok:
-            self._say(_success_line(report))
-            self._tell(report)
-            return
-        name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
-        message = f"No ONNX model for {name}: {report.error}"
-        logger.warning("%s Training goes on.", message)
-        if self._failure is None:
-            self._failure = ExportError(message, report)
-
-    def _tell(self, report: ExportReport) -> None:
-        """Log what the proof could not show, once per run."""
-        for warning in report.warnings:
-            if warning not in self._told:
-                self._told.add(warning)
-                logger.warning("%s: %s", Path(report.path or "dry run").name, warning)
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:
@@ -460,14 +433,3 @@ def _observer(
         return MethodObserver(plain_name(owner), method)
     targets = (target,) if isinstance(target, str) else None
     return Observer(module, targets=targets, is_redirected=is_redirected)
-
-
-def _success_line(report: ExportReport) -> str:
-    dims = sorted({dim for axes in report.dynamic_axes.values() for dim in axes.values()})
-    target = f", target {report.target!r}" if report.target else ""
-    how = f"{report.core}, refreshed" if report.how == "refresh" else report.core
-    return (
-        f"onnxport: {report.path or 'dry run'} proven ({how}{target}, dynamic: "
-        f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
-        f"{report.seconds.get('total', 0.0):.1f} s)"
-    )

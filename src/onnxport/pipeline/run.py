@@ -6,55 +6,41 @@ import logging
 import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import onnx
-import torch
-
-from onnxport.errors import ExportError, OnnxportError, PublishError, VerificationError
+from onnxport.errors import OnnxportError, VerificationError
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
-from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
 from onnxport.exporter.target import target_text
-from onnxport.exporter.template import StaleTemplateError, make_template
+from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
-    drop_weights,
-    finish_graph,
     publish,
-    remove_model,
-    report_path,
     require_replaceable,
     staging,
-    write_filled,
-    write_text,
-    write_whole,
 )
 from onnxport.inputs.resize import current_sizes
-from onnxport.pipeline.blueprint import Blueprint, plain_state
-from onnxport.pipeline.completeness import why_incomplete
+from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.job import SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
+from onnxport.pipeline.report_files import discard_stale, save_report, write_report
 from onnxport.pipeline.stopwatch import Stopwatch
 from onnxport.report import Attempt, ExportReport
-from onnxport.validation.session import PrepSessions, runtime_version
+from onnxport.validation.session import PrepSessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    import onnx_ir as ir
+    from pathlib import Path
 
     from onnxport.exporter.base import Core
     from onnxport.exporter.ladder import Rung
-    from onnxport.exporter.template import Template
+    from onnxport.pipeline.blueprint import Blueprint
     from onnxport.pipeline.job import ExportJob
-    from onnxport.report import Check
 
-__all__ = ["Pipeline", "read_report", "save_report"]
+__all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +97,11 @@ class Pipeline:
             return replace(report, path=None)
         if report.ok:
             try:
-                _write_report(report, job.path)
+                write_report(report, job.path)
             except OnnxportError as error:
                 report = replace(report, ok=False, path=None, error=str(error))
         if not report.ok:
-            report = _discard_stale(report, job.path)
+            report = discard_stale(report, job.path)
             save_report(report, job.path)
         return report
 
@@ -137,7 +123,7 @@ class Pipeline:
                     job,
                     staged,
                     self._prep,
-                    lambda digest: dict(known.metadata) | _origin(job, digest),
+                    lambda digest: dict(known.metadata) | origin_of(job, digest),
                     watch.stage,
                 )
                 _publish(job, staged, watch)
@@ -184,7 +170,7 @@ class Pipeline:
                 warnings=(*plan.warnings, *proof.warnings),
             )
             with staging(job.path) as staged:
-                candidate = _Candidate(
+                candidate = Candidate(
                     job, plan, proof, staged, watch, self._prep, draft.weights_sha256
                 )
                 climbed = self._climb(candidate, climbed)
@@ -215,7 +201,7 @@ class Pipeline:
         self._reproduced = folder is not None
         return f" To repeat it: {folder}/reproduce.py" if folder is not None else ""
 
-    def _climb(self, candidate: _Candidate, before: Climb) -> Climb:
+    def _climb(self, candidate: Candidate, before: Climb) -> Climb:
         """Try the rungs on one plan; the proven model is staged when one won.
 
         What was learnt from the plan before it is not tried again.
@@ -238,93 +224,6 @@ class Pipeline:
             self._winners[key] = climbed.winner
             self._memory.remember(key, core, climbed.winner)
         return climbed
-
-
-class _Candidate:
-    """One plan's models on their way to a proof.
-
-    Args:
-        job: The job.
-        plan: What is exported.
-        proof: Judges the models.
-        staged: Where they are written.
-        watch: Measures the stages.
-        prep: Runs prep graphs.
-        digest: Hash of the checkpoint's ``state_dict``.
-
-    Attributes:
-        opset: Opset of the last model.
-    """
-
-    def __init__(
-        self,
-        job: ExportJob,
-        plan: Plan,
-        proof: Proof,
-        staged: Path,
-        watch: Stopwatch,
-        prep: PrepSessions,
-        digest: str | None,
-    ) -> None:
-        self.job, self.plan, self.watch = job, plan, watch
-        self.opset: int | None = None
-        self._proof, self._staged, self._prep, self._digest = proof, staged, prep, digest
-        self._template: Template | None = None
-        self._why_none = ""
-
-    def prove(self, rung: Rung, model: ir.Model) -> tuple[Check, ...]:
-        """Write a model and prove it.
-
-        Raises:
-            VerificationError: If it is wrong.
-        """
-        with self.watch.stage("write"):
-            self._write(rung, model)
-            drop_weights(model)
-        with self.watch.stage("prove"):
-            checks, self.opset = self._proof.judge(self._staged)
-        return checks
-
-    def _write(self, rung: Rung, model: ir.Model) -> None:
-        plan = self.plan
-        weights = finish_graph(model, plan.signature, plan.flat.weight_names(plan.root))
-        metadata = self._metadata(rung)
-        state = plain_state(plan.root.state_dict())
-        self._template, self._why_none = None, ""
-        try:
-            self._template = make_template(model, weights, state, self._prep)
-        except ExportError as error:
-            self._why_none = f"Each checkpoint of this module needs an export of its own: {error}"
-            write_whole(model, self._staged, metadata)
-            return
-        tensors = self._template.fill(state, self._prep)
-        write_filled(self._template, self._staged, tensors, lambda: metadata)
-
-    def _metadata(self, rung: Rung) -> dict[str, object]:
-        return _facts(self.job, self.plan, self._proof, rung) | _origin(self.job, self._digest)
-
-    def blueprint(self, rung: Rung, report: ExportReport) -> tuple[Blueprint | None, str]:
-        """Return what the next checkpoint needs; or none, and why it needs an export of its own."""
-        template, proof, plan = self._template, self._proof, self.plan
-        if template is None:
-            return None, self._why_none
-        small = next(case.inputs for case in proof.cases if case.rows == REAL)
-        tolerance = self.job.options.verify.tolerance
-        reason = why_incomplete(
-            template, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
-        )
-        if reason:
-            return None, reason
-        known = Blueprint.of(
-            self.job,
-            plan,
-            template,
-            rung=rung,
-            report=report,
-            noise=proof.noise,
-            metadata=_facts(self.job, plan, proof, rung),
-        )
-        return known, ""
 
 
 def _plans(job: ExportJob, attempts: Sequence[Attempt], watch: Stopwatch) -> Iterator[Plan]:
@@ -379,37 +278,6 @@ def _draft(job: ExportJob) -> ExportReport:
     )
 
 
-def _facts(job: ExportJob, plan: Plan, proof: Proof, rung: Rung) -> dict[str, object]:
-    """What the file itself says about how it was made, the same for each checkpoint."""
-    from onnxport import __version__
-
-    specs = (*plan.signature.inputs, *plan.signature.outputs)
-    known: dict[str, Any] = {
-        "version": __version__,
-        "target": target_text(job.target) or None,
-        "core": rung.core.name,
-        "dynamic_axes": {spec.name: spec.dynamic_axes for spec in specs if spec.dynamic_axes},
-        "error_budget": proof.budgets,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": runtime_version(),
-    }
-    return {key: value for key, value in known.items() if value is not None}
-
-
-def _origin(job: ExportJob, digest: str | None) -> dict[str, object]:
-    """What the file itself says about which checkpoint it is of."""
-    origin = job.provenance
-    known: dict[str, Any] = {
-        "checkpoint": Path(origin.checkpoint).name if origin.checkpoint else None,
-        "weights_sha256": digest,
-        "epoch": origin.epoch,
-        "global_step": origin.global_step,
-        "metrics": {key: repr(value) for key, value in origin.metrics.items()},
-    }
-    return {key: value for key, value in known.items() if value is not None}
-
-
 def _no_core(report: ExportReport) -> str:
     tried = "; ".join(
         f"{attempt.core}{f' ({attempt.variant})' if attempt.variant else ''}: {attempt.reason}"
@@ -423,41 +291,3 @@ def _publish(job: ExportJob, staged: Path, watch: Stopwatch) -> None:
         with watch.stage("publish"):
             publish(staged, job.path)
             shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
-
-
-def read_report(path: Path) -> ExportReport | None:
-    """Read the report beside a model; ``None`` if there is none of ours."""
-    try:
-        return ExportReport.from_json(report_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def save_report(report: ExportReport, path: Path) -> None:
-    """Write the report beside the model; a disk that does not take it is logged."""
-    try:
-        _write_report(report, path)
-    except OnnxportError as error:
-        logger.warning("The report of %s was not written: %s", path, error)
-
-
-def _write_report(report: ExportReport, path: Path) -> None:
-    """Write the report beside the model.
-
-    Raises:
-        PublishError: If the disk does not take it, or a file of somebody else has its name.
-    """
-    file = report_path(path)
-    if file.is_file() and not is_our_report(file):
-        raise PublishError(f"{file} was not written by onnxport and is left alone.")
-    write_text(file, report.to_json())
-
-
-def _discard_stale(report: ExportReport, path: Path) -> ExportReport:
-    """Remove an older model of ours: it would hold other weights than its checkpoint."""
-    try:
-        remove_model(path)
-    except OSError as error:
-        stale = f"{path} holds older weights and cannot be removed ({error.strerror or error})."
-        return replace(report, error=f"{report.error} {stale}")
-    return report

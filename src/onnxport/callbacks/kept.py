@@ -1,0 +1,93 @@
+"""The reports of a run, in the order of the checkpoints; told to the user, and kept to raise."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxport.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from onnxport.report import ExportReport
+
+__all__ = ["KeptReports"]
+
+logger = logging.getLogger(__name__)
+
+
+class KeptReports:
+    """Keeps and tells what became of each checkpoint; models may be finished in any order.
+
+    Args:
+        say: Tells the user one line per model.
+
+    Attributes:
+        reports: In the order in which the checkpoints were begun.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.reports: list[ExportReport] = []
+        self._say = say
+        self._lock = threading.Lock()
+        self._places: list[int] = []
+        self._begun = 0
+        self._failure: ExportError | None = None
+        self._told: set[str] = set()
+
+    def next_place(self) -> int:
+        """Return the place of a checkpoint that is begun now."""
+        self._begun += 1
+        return self._begun
+
+    def keep(self, report: ExportReport, seconds: Mapping[str, float], place: int) -> None:
+        """Keep a report at its place, and tell the user.
+
+        Args:
+            report: The report.
+            seconds: Durations to add to those in it.
+            place: As :meth:`next_place` gave it.
+        """
+        times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
+        report = replace(report, seconds=times)
+        with self._lock:
+            index = bisect(self._places, place)
+            self._places.insert(index, place)
+            self.reports.insert(index, report)
+        if report.ok:
+            self._say(_success_line(report))
+            self._tell(report)
+            return
+        name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
+        message = f"No ONNX model for {name}: {report.error}"
+        logger.warning("%s Training goes on.", message)
+        if self._failure is None:
+            self._failure = ExportError(message, report)
+
+    def take_failure(self) -> ExportError | None:
+        """Return the first failure that was not taken yet."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _tell(self, report: ExportReport) -> None:
+        """Log what the proof could not show, once per run."""
+        for warning in report.warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                logger.warning("%s: %s", Path(report.path or "dry run").name, warning)
+
+
+def _success_line(report: ExportReport) -> str:
+    dims = sorted({dim for axes in report.dynamic_axes.values() for dim in axes.values()})
+    target = f", target {report.target!r}" if report.target else ""
+    how = f"{report.core}, refreshed" if report.how == "refresh" else report.core
+    return (
+        f"onnxport: {report.path or 'dry run'} proven ({how}{target}, dynamic: "
+        f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
+        f"{report.seconds.get('total', 0.0):.1f} s)"
+    )

@@ -1,0 +1,57 @@
+"""The report beside a model: read, written, and what happens to an older model when it fails."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from onnxport.errors import OnnxportError, PublishError
+from onnxport.exporter.ownership import is_our_report
+from onnxport.exporter.writer import remove_model, report_path, write_text
+from onnxport.report import ExportReport
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["discard_stale", "read_report", "save_report", "write_report"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_report(path: Path) -> ExportReport | None:
+    """Read the report beside a model; ``None`` if there is none of ours."""
+    try:
+        return ExportReport.from_json(report_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def save_report(report: ExportReport, path: Path) -> None:
+    """Write the report beside the model; a disk that does not take it is logged."""
+    try:
+        write_report(report, path)
+    except OnnxportError as error:
+        logger.warning("The report of %s was not written: %s", path, error)
+
+
+def write_report(report: ExportReport, path: Path) -> None:
+    """Write the report beside the model.
+
+    Raises:
+        PublishError: If the disk does not take it, or a file of somebody else has its name.
+    """
+    file = report_path(path)
+    if file.is_file() and not is_our_report(file):
+        raise PublishError(f"{file} was not written by onnxport and is left alone.")
+    write_text(file, report.to_json())
+
+
+def discard_stale(report: ExportReport, path: Path) -> ExportReport:
+    """Remove an older model of ours: it would hold other weights than its checkpoint."""
+    try:
+        remove_model(path)
+    except OSError as error:
+        stale = f"{path} holds older weights and cannot be removed ({error.strerror or error})."
+        return replace(report, error=f"{report.error} {stale}")
+    return report
