@@ -54,7 +54,7 @@ class KeptReports:
             place: As :meth:`next_place` gave it.
         """
         times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
-        report = replace(report, seconds=times)
+        report = self._slim(replace(report, seconds=times))
         with self._lock:
             index = bisect(self._places, place)
             self._places.insert(index, place)
@@ -68,6 +68,18 @@ class KeptReports:
         logger.warning("%s Training goes on.", message)
         if self._failure is None:
             self._failure = ExportError(message, report)
+
+    def _slim(self, report: ExportReport) -> ExportReport:
+        """Share with the report before it what is the same: a long run has thousands of them."""
+        if not self.reports:
+            return report
+        last = self.reports[-1]
+        shared = {
+            name: getattr(last, name)
+            for name in ("inputs", "outputs", "evidence", "warnings")
+            if getattr(last, name) == getattr(report, name)
+        }
+        return replace(report, **shared)
 
     def take_failure(self) -> ExportError | None:
         """Return the first failure that was not taken yet."""

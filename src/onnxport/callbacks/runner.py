@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnxport.config import Background
     from onnxport.errors import WorkerError
     from onnxport.pipeline import ExportJob
+    from onnxport.report import Provenance
     from onnxport.tree import Example
 
     Finished = Callable[[ExportReport | None, Example | None], None]
@@ -148,8 +149,9 @@ class WorkerRunner:
             blueprint=self._blueprint,
             only_try=not job.publish,
         )
+        origin = job.provenance  # not the job, which holds the weights
         self._worker.submit(
-            Order(sent, lambda result: self._answered(job, result, finished), weights)
+            Order(sent, lambda result: self._answered(origin, result, finished), weights)
         )
 
     def _note(self, job: ExportJob, live: LiveModule) -> None:
@@ -176,7 +178,7 @@ class WorkerRunner:
                 self._blueprint = None
         finished(report, None if known is None else known.example)
 
-    def _answered(self, job: ExportJob, result: Done | WorkerError, finished: Finished) -> None:
+    def _answered(self, origin: Provenance, result: Done | WorkerError, finished: Finished) -> None:
         if isinstance(result, Done) and not result.lacks_module:
             finished(result.report, result.example)
             return
@@ -187,7 +189,6 @@ class WorkerRunner:
                 "The module has changed since it was exported and cannot be sent to the worker. "
                 "The next checkpoint is exported in the training process."
             )
-        origin = job.provenance
         finished(
             ExportReport(
                 ok=False,

@@ -171,28 +171,24 @@ class ExportSession:
         """
         start = time.perf_counter()
         place = self._kept.next_place()
-        stall: list[float] = []
+        path, origin = saved.path, saved.origin  # not the weights: what waits must not hold them
+        seconds: dict[str, float] = {}
 
         def finished(report: ExportReport | None, example: Example | None) -> None:
             self._small = example or self._small
-            settle(saved.path)
+            settle(path)
             if report is None:
-                logger.debug("%s is gone; it gets no model.", saved.path)
+                logger.debug("%s is gone; it gets no model.", path)
                 return
-            seconds = {"total": time.perf_counter() - start} | (
-                {"stall": stall[0]} if stall else {}
-            )
-            if report.ok and not saved.path.exists():
-                self._kept.keep(
-                    report, seconds, place
-                )  # it was removed with its checkpoint meanwhile
-                return
-            report = self._track(report, saved.origin, last=False)
+            seconds["total"] = time.perf_counter() - start
+            # A model that was removed with its checkpoint meanwhile is not tracked.
+            if path.exists() or not report.ok:
+                report = self._track(report, origin, last=False)
             self._kept.keep(report, seconds, place)
 
-        note(saved.path, self._name, saved.origin)
+        note(path, self._name, origin)
         self._begin(saved, finished, alive=alive)
-        stall.append(time.perf_counter() - start)
+        seconds["stall"] = time.perf_counter() - start
 
     def dry_run(self, saved: Saved) -> None:
         """Prove that the module exports; the report names no file, nothing is tracked."""

@@ -1,0 +1,91 @@
+"""Names of models that are not there yet, and notes of what is owed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from onnxport.callbacks.kept import KeptReports
+from onnxport.callbacks.owed import note, owed, settle
+from onnxport.callbacks.paths import ModelPaths
+from onnxport.report import AxisEvidence, ExportReport, Provenance
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def checkpoint(folder: Path, name: str = "epoch=0.ckpt") -> str:
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / name).write_text("a checkpoint")
+    return str(folder / name)
+
+
+def test_a_name_is_taken_by_a_model_on_its_way(tmp_path: Path) -> None:
+    paths = ModelPaths(tmp_path / "models")
+    first, second = (checkpoint(tmp_path / name) for name in ("a", "b"))
+    assert paths.of(first) == tmp_path / "models" / "epoch=0.onnx"
+    assert paths.of(second) != paths.of(first)
+    assert paths.of(second) == paths.of(second)
+    assert paths.of(first) == tmp_path / "models" / "epoch=0.onnx"
+
+
+def test_the_name_of_a_removed_checkpoint_is_free(tmp_path: Path) -> None:
+    paths = ModelPaths(tmp_path / "models")
+    first, second = (checkpoint(tmp_path / name) for name in ("a", "b"))
+    paths.of(first)
+    (tmp_path / "a" / "epoch=0.ckpt").unlink()
+    assert paths.of(second) == tmp_path / "models" / "epoch=0.onnx"
+
+
+def test_what_is_noted_is_owed_until_it_is_settled(tmp_path: Path) -> None:
+    origin = Provenance(
+        checkpoint=checkpoint(tmp_path / "a"), epoch=3, metrics={"acc": 0.5}, mode="max"
+    )
+    model = tmp_path / "models" / "epoch=0.onnx"
+    note(model, "-net", origin)
+    assert list(owed([tmp_path], "-net")) == [(model, origin)]
+    assert list(owed([tmp_path], "")) == []
+    settle(model)
+    settle(model)
+    assert list(owed([tmp_path], "-net")) == []
+
+
+def test_what_a_removed_checkpoint_owed_is_forgotten(tmp_path: Path) -> None:
+    note(tmp_path / "m.onnx", "", Provenance(checkpoint=str(tmp_path / "gone.ckpt")))
+    assert list(owed([tmp_path, tmp_path / "nowhere"], "")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_note_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".m.onnx.pending").write_text('{"name": "", "ori')
+    assert list(owed([tmp_path], "")) == []
+
+
+def test_a_folder_that_is_none_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file")
+    model = tmp_path / "blocked" / "m.onnx"
+    note(model, "", Provenance(checkpoint="x.ckpt"))
+    settle(model)
+
+
+def test_reports_stand_in_the_order_of_their_checkpoints(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+    kept = KeptReports(said.append)
+    places = [kept.next_place() for _ in range(3)]
+    for epoch in (2, 0, 1):
+        report = ExportReport(
+            ok=False, epoch=epoch, error="no", evidence=(AxisEvidence(dim="b", kind="k", text="t"),)
+        )
+        kept.keep(report, {"total": 1.0}, places[epoch])
+    assert [report.epoch for report in kept.reports] == [0, 1, 2]
+    assert len({id(report.evidence) for report in kept.reports}) == 1
+    failure = kept.take_failure()
+    assert failure is not None
+    assert failure.report is not None
+    assert failure.report.epoch == 2
+    assert kept.take_failure() is None
+    assert caplog.text.count("Training goes on") == 3
+    assert said == []
