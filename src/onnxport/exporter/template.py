@@ -194,10 +194,12 @@ def _without_weights(
     tensors = {value: value.const_value for value in weights}
     for value in weights:
         del graph.initializers[str(value.name)]
-    proto = ir.to_proto(model)
-    for value in weights:
-        value.const_value = tensors[value]
-        graph.register_initializer(value)
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        for value in weights:
+            value.const_value = tensors[value]
+            graph.register_initializer(value)
     for place in reversed(positions):
         del proto.graph.node[place]
     for piece in pieces:

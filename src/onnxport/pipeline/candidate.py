@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
 
-from onnxport.errors import ExportError
+from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.target import target_text
 from onnxport.exporter.template import make_template
 from onnxport.exporter.writer import drop_weights, finish_graph, write_filled, write_whole
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from onnxport.validation.session import PrepSessions
 
 __all__ = ["Candidate", "origin_of"]
+
+logger = logging.getLogger(__name__)
 
 
 class Candidate:
@@ -85,8 +88,12 @@ class Candidate:
         self._template, self._why_none = None, ""
         try:
             self._template = make_template(model, weights, state, self._prep)
-        except ExportError as error:
-            self._why_none = f"Each checkpoint of this module needs an export of its own: {error}"
+        except Exception as error:  # an unknown element type, a graph of 2 GB: the model is fine
+            logger.debug("There is no template", exc_info=True)
+            reason = (
+                str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+            )
+            self._why_none = f"Each checkpoint of this module needs an export of its own: {reason}"
             write_whole(model, self._staged, metadata)
             return
         tensors = self._template.fill(state, self._prep)
@@ -102,9 +109,12 @@ class Candidate:
             return None, self._why_none
         small = next(case.inputs for case in proof.cases if case.rows == REAL)
         tolerance = self.job.options.verify.tolerance
-        reason = why_incomplete(
-            template, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
-        )
+        try:
+            reason = why_incomplete(
+                template, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
+            )
+        except OnnxportError as error:  # the disk is full, say: the model itself is proven
+            reason = f"Whether other weights can be filled in could not be tried: {error}"
         if reason:
             return None, reason
         known = Blueprint.of(
