@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,9 @@ IDLE_S = 20.0
 
 MAX_TRIES = 3
 """How often an order is tried when the worker dies over it."""
+
+DEADLY = 2
+"""A rung over which the worker died so often is not tried for any order; once may be an accident."""
 
 MAX_DEATHS = 6
 """Deaths in a row after which nothing more is tried."""
@@ -103,6 +107,7 @@ class Worker:
         self._deaths = 0
         self._warm = False
         self._open: set[str] = set()
+        self._deadly: Counter[tuple[str, str]] = Counter()
         self._closing = False
 
     @property
@@ -314,8 +319,14 @@ class Worker:
         known = process.known.get(job.session, {})
         parts = {"skeleton": job.skeleton, "calls": job.calls, "blueprint": job.blueprint}
         new = {name: None if known.get(name) is part else part for name, part in parts.items()}
+        deadly = {
+            rung
+            for (session, rung), count in self._deadly.items()
+            if session == job.session and count >= DEADLY
+        }
+        skip = job.skip | deadly
         sent = replace(
-            job, skeleton=new["skeleton"], calls=new["calls"], blueprint=new["blueprint"]
+            job, skip=skip, skeleton=new["skeleton"], calls=new["calls"], blueprint=new["blueprint"]
         )
         weights = () if order.weights is None else (order.weights,)
         process.send(pickle_by_value(sent), weights)
@@ -331,8 +342,9 @@ class Worker:
                     order.stage = message.stage
                     rung = message.rung if message.stage == "export" else rung
         except WorkerError:
-            if rung is not None:
+            if rung is not None and not order.dropped:
                 order.job = replace(job, skip=job.skip | {rung})
+                self._deadly[job.session, rung] += 1
             raise
 
 
