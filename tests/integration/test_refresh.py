@@ -190,7 +190,6 @@ def test_a_large_matrix_with_two_uses_is_stored_once(tmp_path: Path) -> None:
 
 def test_external_data_are_refreshed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "EXTERNAL_DATA_BYTES", 100)
-    monkeypatch.setattr("onnxport.pipeline.refresh.EXTERNAL_DATA_BYTES", 100)
     module, x = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(4, 6)
     pipeline = Pipeline()
     for number in range(3):

@@ -10,6 +10,7 @@ Source: protobuf's encoding (protobuf.dev/programming-guides/encoding), ``onnx.p
 from __future__ import annotations
 
 import mmap
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import onnx
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from onnxport.exporter.template import Slot
 
-__all__ = ["mapped_twin", "write_external", "write_inline"]
+__all__ = ["mapped_twin", "twin_of", "write_external", "write_inline"]
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ``ModelProto.graph``, ``GraphProto.initializer``, ``TensorProto.raw_data``."""
@@ -104,6 +105,28 @@ def _write(file: RawIOBase, content: bytes | memoryview) -> None:
     rest = memoryview(content)
     while rest.nbytes:
         rest = rest[file.write(rest) or 0 :]
+
+
+@contextmanager
+def twin_of(path: Path) -> Iterator[Path]:
+    """Lay a small model beside one for the block: the same graph, and the weights in their place.
+
+    Args:
+        path: A model; one whose weights are in another file already is its own twin.
+
+    Raises:
+        PublishError: If the file is not what a model should be.
+        OSError: If the disk does not take it.
+    """
+    if path.with_name(f"{path.name}.data").exists():
+        yield path
+        return
+    twin = path.with_name(f"{path.name}.twin")
+    try:
+        twin.write_bytes(mapped_twin(path))
+        yield twin
+    finally:
+        twin.unlink(missing_ok=True)
 
 
 def mapped_twin(path: Path) -> bytes:

@@ -77,7 +77,7 @@ class Candidate:
             self._write(rung, model)
             drop_weights(model)
         with self.watch.stage("prove"):
-            checks, self.opset = self._proof.judge(self._staged)
+            checks, self.opset = self._proof.judge(self._staged, staged=True)
         return checks
 
     def _write(self, rung: Rung, model: ir.Model) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from onnxport.errors import ExportError, VerificationError
+from onnxport.exporter.model_file import twin_of
 from onnxport.inputs.resize import current_sizes, lower, negate, resize, scale, shuffle
 from onnxport.pipeline.runs import run_flat
 from onnxport.report import Check
@@ -96,8 +98,13 @@ class Proof:
             for place, name in enumerate(names)
         }
 
-    def judge(self, path: Path) -> tuple[tuple[Check, ...], int]:
+    def judge(self, path: Path, *, staged: bool = False) -> tuple[tuple[Check, ...], int]:
         """Prove a file.
+
+        Args:
+            path: The model.
+            staged: Whether its folder is ours: then a twin without weights may lie there for a
+                moment, because the checker would read all of the file, twice.
 
         Returns:
             The checks, all passed, and the opset version of the file.
@@ -105,7 +112,8 @@ class Proof:
         Raises:
             VerificationError: At the first disagreement, with the checks so far.
         """
-        opset = check_graph(path, self._plan.signature)
+        with twin_of(path) if staged else nullcontext(path) as graph:
+            opset = check_graph(graph, self._plan.signature)
         checks: tuple[Check, ...] = ()
         for provider in resolve_providers(self._verify.providers):
             session = Session(path, provider)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport.errors import VerificationError
-from onnxport.exporter.model_file import mapped_twin
+from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.weights import weights_sha256
-from onnxport.exporter.writer import EXTERNAL_DATA_BYTES, sync_model, write_filled
+from onnxport.exporter.writer import sync_model, write_filled
 from onnxport.inputs.resize import current_sizes, take
 from onnxport.pipeline.blueprint import plain_state
 from onnxport.pipeline.job import ModuleMissingError
@@ -131,18 +131,12 @@ def _judge(
 ) -> tuple[Check, ...]:
     """Run the file in ONNX Runtime, its weights where they lie."""
     checks: tuple[Check, ...] = ()
-    twin = staged.with_name(f"{staged.name}.twin")
-    inside = blueprint.template.nbytes <= EXTERNAL_DATA_BYTES
-    try:
-        if inside:
-            twin.write_bytes(mapped_twin(staged))
+    with twin_of(staged) as twin:
         for provider in resolve_providers(job.options.verify.providers):
-            session = Session(twin if inside else staged, provider, in_place=True)
+            session = Session(twin, provider, in_place=True)
             for case in cases:
                 check = check_case(blueprint.plan.signature, session, case, checks)
                 checks = (*checks, check)
-    finally:
-        twin.unlink(missing_ok=True)
     return checks
 
 

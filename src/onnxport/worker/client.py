@@ -37,7 +37,7 @@ MAX_TRIES = 3
 """How often an order is tried when the worker dies over it."""
 
 DEADLY = 2
-"""A rung over which the worker died so often is not tried for any order; once may be an accident."""
+"""A rung over which the worker died so often is not tried any more; once may be an accident."""
 
 MAX_DEATHS = 6
 """Deaths in a row after which nothing more is tried."""
