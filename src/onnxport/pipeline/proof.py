@@ -87,6 +87,7 @@ class Proof:
         self._verify = verify
         self.warnings: list[str] = []
         self.noise: list[float] = []
+        self._per_row: float | None = None
         self.cases = self._make_cases()
 
     @property
@@ -214,12 +215,11 @@ class Proof:
         """Lower the observed batch size if one eager run of it would take too long."""
         if size <= SMALL_BATCH:
             return size
-        small = self._at_batch(SMALL_BATCH)
-        start = time.perf_counter()
-        if self._try(REAL, small) is None:
-            return size
-        per_row = (time.perf_counter() - start) / SMALL_BATCH
-        most = int(self._verify.seconds_per_run / max(per_row, 1e-9))
+        if self._per_row is None:
+            start = time.perf_counter()
+            ran = self._try(REAL, self._at_batch(SMALL_BATCH)) is not None
+            self._per_row = (time.perf_counter() - start) / SMALL_BATCH if ran else 0.0
+        most = int(self._verify.seconds_per_run / max(self._per_row, 1e-9))
         if size > most:
             self.warnings.append(f"Proven up to batch {max(most, 3)}, not {size}, to save time.")
         return min(size, max(most, 3))
