@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from onnxport.report import ExportReport
     from onnxport.tree import Spec
 
-__all__ = ["Blueprint", "plain_state"]
+__all__ = ["REFERENCE_ROWS", "Blueprint", "plain_state"]
 
 REFERENCE_ROWS = 2
 """Rows of the call that the live module runs at each checkpoint: that the graph takes any number of

@@ -13,11 +13,12 @@ from onnxport.errors import VerificationError
 from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import sync_model, write_filled
-from onnxport.inputs.resize import current_sizes, take
-from onnxport.pipeline.blueprint import plain_state
+from onnxport.inputs.resize import current_sizes, resize, take
+from onnxport.pipeline.blueprint import REFERENCE_ROWS, plain_state
 from onnxport.pipeline.job import ModuleMissingError
 from onnxport.pipeline.plan import target_of
 from onnxport.pipeline.proof import REAL, Case, Proof, check_case
+from onnxport.pipeline.runs import run_flat
 from onnxport.tree import flatten, same_structure
 from onnxport.validation.budget import pinned_reference
 from onnxport.validation.session import Session, resolve_providers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from onnxport.exporter.frontier import Evaluate
     from onnxport.pipeline.blueprint import Blueprint
     from onnxport.pipeline.job import ExportJob
+    from onnxport.pipeline.plan import Plan
     from onnxport.report import Check
 
 __all__ = ["Refreshed", "refresh"]
@@ -107,20 +109,25 @@ def _prove(
         ModuleMissingError: If the module is needed and is not here.
         VerificationError: If the model is wrong.
     """
-    cases = tuple(_live_cases(blueprint, job))
-    if cases and not blueprint.changed(job):
+    live, changed = tuple(_live_cases(blueprint, job)), blueprint.changed(job)
+    if live and not changed:
         try:
-            return _judge(blueprint, job, staged, cases), ()
+            return _judge(blueprint, job, staged, live), ()
         except VerificationError:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
     warnings: list[str] = []
     try:
-        target = target_of(job, warnings)
+        plan = blueprint.plan_for(*target_of(job, warnings))
     except ModuleMissingError:
-        if not cases or not blueprint.changed(job):
+        if not live or not changed:
             raise
-        return _judge(blueprint, job, staged, cases), ()
-    proof = Proof(blueprint.plan_for(*target), job.options.verify)
+        return _judge(blueprint, job, staged, live), ()
+    if not live and not changed:
+        try:
+            return _judge(blueprint, job, staged, (_own_case(blueprint, plan, job),)), (*warnings,)
+        except VerificationError:
+            logger.debug("The quick proof failed: more is tried.", exc_info=True)
+    proof = Proof(plan, job.options.verify)
     checks = _judge(blueprint, job, staged, proof.cases)
     blueprint.accept(job)
     return checks, (*warnings, *proof.warnings)
@@ -170,6 +177,16 @@ def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
         _indexed(inputs, plan.axes.inputs, plan.axes.batches, last),
         _indexed(outputs, plan.axes.outputs, plan.axes.batches, last),
     )
+
+
+def _own_case(blueprint: Blueprint, plan: Plan, job: ExportJob) -> Case:
+    """Run the copy on a few rows, where the live module says too little.
+
+    It ran on another device or in another precision, or what is exported is a wrapper around it.
+    """
+    fewer = dict.fromkeys(plan.axes.batches, REFERENCE_ROWS)
+    inputs = resize(plan.calls[0], plan.axes.inputs, fewer)
+    return _case(blueprint, job, inputs, run_flat(plan.flat, inputs, isolate=True))
 
 
 def _rows(blueprint: Blueprint, inputs: Tensors) -> int | None:
