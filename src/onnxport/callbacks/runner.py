@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch import nn
+
     from onnxport.callbacks.live import LiveModule
     from onnxport.config import Background
     from onnxport.errors import WorkerError
@@ -114,16 +116,17 @@ class WorkerRunner:
 
     Args:
         options: How it should live.
+        module: The live module, for what of it the worker will have to import.
         place: Which session of the run this is.
     """
 
-    def __init__(self, options: Background, place: int = 0) -> None:
+    def __init__(self, options: Background, module: nn.Module, place: int = 0) -> None:
         self._worker = worker_for(options, place)
         self._session = f"{os.getpid()}-{next(_numbers)}"
         self._sent = _Sent()
         self._inline: Pipeline | None = None
         self._blueprint: bytes | None = None
-        self._worker.open(self._session)
+        self._worker.open(self._session, _modules_of(module))
 
     def run(self, job: ExportJob, live: LiveModule, file: Path | None, finished: Finished) -> None:
         """See :class:`Runner`. Takes as long as one copy of what is no weight, if that changed."""
@@ -221,6 +224,12 @@ class WorkerRunner:
     def close(self) -> None:
         """Let the worker go when it has nothing to do."""
         self._worker.leave(self._session)
+
+
+def _modules_of(module: nn.Module) -> set[str]:
+    """Return where the classes of a module and its parts are defined."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    return {kind.__module__ for kind in kinds} - {"builtins", "__main__"}
 
 
 def _copied(state: Mapping[str, Any]) -> int:

@@ -110,8 +110,8 @@ class Session:
     Args:
         model: Path or serialised bytes of the model.
         provider: Execution provider, which must really be used.
-        in_place: Use the weights where they lie. By default they are laid out anew, which needs a
-            second copy of them and pays after many runs.
+        in_place: Use the weights where they lie, and the graph as it is. By default weights are
+            fused and laid out anew, which needs a second copy of them and pays after many runs.
 
     Raises:
         VerificationError: If the model does not load, or another provider is used instead.
@@ -128,6 +128,9 @@ class Session:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if in_place:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # Fusions make new weights out of those that are there.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False  # an arena is never given back
         providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
         try:
             self._session = ort.InferenceSession(

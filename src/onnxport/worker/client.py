@@ -22,7 +22,7 @@ from onnxport.worker.process import WorkerProcess
 from onnxport.worker.protocol import Done, SentJob, StageBegun, WeightsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from onnxport.config import Background
 
@@ -107,6 +107,7 @@ class Worker:
         self._deaths = 0
         self._warm = False
         self._open: set[str] = set()
+        self._preload: set[str] = set()
         self._deadly: Counter[tuple[str, str]] = Counter()
         self._closing = False
 
@@ -118,12 +119,17 @@ class Worker:
 
     # --- called by the trainer ----------------------------------------------------------------
 
-    def open(self, session: str) -> None:
+    def open(self, session: str, preload: Iterable[str] = ()) -> None:
         """A session begins: start the process, whose imports take seconds, and keep it.
 
         It knows the graph; without it the next checkpoint would have to be exported.
+
+        Args:
+            session: The session.
+            preload: Modules that its jobs will need.
         """
         with self._changed:
+            self._preload.update(preload)
             self._open.add(session)
             self._warm = True
             self._ensure_thread()
@@ -276,7 +282,7 @@ class Worker:
 
     def _try_to_start(self) -> None:
         try:
-            self._process = self._process or WorkerProcess(self._options)
+            self._process = self._process or WorkerProcess(self._options, sorted(self._preload))
         except (WorkerError, OSError):
             logger.debug("The worker did not start; the first order tries again.", exc_info=True)
 
@@ -314,7 +320,9 @@ class Worker:
         Raises:
             WorkerError: If the worker dies or hangs; the rung it was at is skipped from then on.
         """
-        process = self._process = self._process or WorkerProcess(self._options)
+        process = self._process = self._process or WorkerProcess(
+            self._options, sorted(self._preload)
+        )
         job = order.job
         known = process.known.get(job.session, {})
         parts = {"skeleton": job.skeleton, "calls": job.calls, "blueprint": job.blueprint}

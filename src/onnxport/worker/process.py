@@ -15,6 +15,8 @@ from onnxport.errors import WorkerError
 from onnxport.worker.protocol import Ready, Setup, receive, send
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from onnxport.config import Background
 
 __all__ = ["WorkerProcess"]
@@ -31,12 +33,13 @@ class WorkerProcess:
 
     Args:
         options: How it should live.
+        preload: Modules that it will need.
 
     Attributes:
         known: For each session, which skeleton, calls and blueprint it has.
     """
 
-    def __init__(self, options: Background) -> None:
+    def __init__(self, options: Background, preload: Iterable[str] = ()) -> None:
         self.known: dict[str, dict[str, Any]] = {}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -62,6 +65,7 @@ class WorkerProcess:
             niceness=options.niceness,
             memory_bytes=None if memory is None else int(memory * 2**30),
             log_level=logging.getLogger("onnxport").getEffectiveLevel(),
+            preload=tuple(preload),
         )
         try:
             send(ours, setup)

@@ -43,6 +43,7 @@ class Setup:
         niceness: Added to the priority number of the process; 19 is the least urgent.
         memory_bytes: What the worker may allocate, or ``None``.
         log_level: Level of our own logger.
+        preload: Modules that will be needed.
     """
 
     sys_path: tuple[str, ...]
@@ -50,6 +51,7 @@ class Setup:
     niceness: int
     memory_bytes: int | None
     log_level: int
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import importlib
 import logging
 import os
 import pickle
@@ -37,7 +38,7 @@ from onnxport.worker.protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -123,8 +124,7 @@ class _Server:
         try:
             report, session = self._run(job, descriptors)
             if report is None or report.how == "export":
-                # Exporters leave cycles that hold the weights; the next job may be hours away.
-                gc.collect()
+                _give_back_memory()
         except CheckpointGoneError:
             send(self.channel, Done(job.number, None))
             return
@@ -203,6 +203,24 @@ def _set_up(setup: Setup) -> None:
     logging.getLogger("onnxport").setLevel(setup.log_level)
 
 
+def _give_back_memory() -> None:
+    """Let go of cycles that hold weights, and of holes in the heap: the next job may be far."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
+    except (OSError, AttributeError):
+        logger.debug("The system has no malloc_trim.")
+
+
+def _preload(names: Sequence[str]) -> None:
+    """Import where the classes of the module are defined: a job's module would need them."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:  # user code runs in here
+            logger.debug("%s cannot be imported.", name, exc_info=True)
+
+
 def _rehearse() -> None:
     """Export something tiny: exporters import and register much when they are first used."""
     import torch
@@ -252,6 +270,7 @@ def main(descriptor: int) -> None:
     runtime.require_runtime()
     runtime.use_threads(setup.threads)
     send(channel, Ready(os.getpid()))
+    _preload(setup.preload)
     if jobs.empty():
         _rehearse()
     _Server(channel).serve(jobs)

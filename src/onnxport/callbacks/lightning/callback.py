@@ -242,14 +242,16 @@ class OnnxExport(metaclass=FrameworkAware):
                 is_redirected=is_redirected,
                 fallback=lambda: getattr(pl_module, "example_input_array", None),
                 say=teller(type(self)),
-                runner=self._runner(place),
+                runner=self._runner(pl_module, place),
                 name=name,
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
 
-    def _runner(self, place: int) -> Runner:
-        return InlineRunner() if self.background is None else WorkerRunner(self.background, place)
+    def _runner(self, pl_module: Any, place: int) -> Runner:
+        if self.background is None:
+            return InlineRunner()
+        return WorkerRunner(self.background, pl_module, place)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
