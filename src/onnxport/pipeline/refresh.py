@@ -38,6 +38,9 @@ __all__ = ["Refreshed", "refresh"]
 
 logger = logging.getLogger(__name__)
 
+LARGE_BYTES = 64 * 2**20
+"""Larger models are run at two batch sizes for a refresh, others at three."""
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -148,7 +151,7 @@ def _judge(
 
 
 def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
-    """Yield what the live module says of this checkpoint: its rows, and one of them alone.
+    """Yield what the live module says of this checkpoint: its rows, one of them, and all repeated.
 
     Where each row keeps its result in any batch, which the export has shown, the rows of one run
     say what comes out at other batch sizes. Nothing is yielded where the run says nothing of the
@@ -170,13 +173,17 @@ def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
     rows = _rows(blueprint, inputs)
     if rows is None or rows == 1:
         return
-    last = torch.tensor([rows - 1])
-    yield _case(
-        blueprint,
-        job,
-        _indexed(inputs, plan.axes.inputs, plan.axes.batches, last),
-        _indexed(outputs, plan.axes.outputs, plan.axes.batches, last),
-    )
+    sizes = [[rows - 1]]
+    if blueprint.template.nbytes <= LARGE_BYTES:
+        sizes.append([*range(rows), *range(rows), 0])
+    for index in sizes:
+        places = torch.tensor(index)
+        yield _case(
+            blueprint,
+            job,
+            _indexed(inputs, plan.axes.inputs, plan.axes.batches, places),
+            _indexed(outputs, plan.axes.outputs, plan.axes.batches, places),
+        )
 
 
 def _own_case(blueprint: Blueprint, plan: Plan, job: ExportJob) -> Case:
