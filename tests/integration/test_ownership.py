@@ -141,12 +141,12 @@ def test_a_report_that_cannot_be_written_is_a_failed_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxport.errors import PublishError
-    from onnxport.pipeline import run
+    from onnxport.pipeline import report_files
 
     def full(path: Path, text: str) -> None:
         raise PublishError(f"Cannot write {path}: No space left on device.")
 
-    monkeypatch.setattr(run, "write_text", full)
+    monkeypatch.setattr(report_files, "write_text", full)
     callback = OnnxExport(core="trace")
     saves = zoo.checkpoints(tmp_path)
     zoo.trainer(tmp_path, saves, callback, epochs=1).fit(zoo.Classifier(net()), zoo.loader())
