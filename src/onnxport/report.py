@@ -206,6 +206,23 @@ class ExportReport:
         errors = [output.max_abs_error for check in self.checks for output in check.outputs]
         return max(errors, default=None)
 
+    @classmethod
+    def of_failure(cls, error: str, origin: Provenance) -> ExportReport:
+        """Return the report of weights that did not even get to an export.
+
+        Args:
+            error: Why.
+            origin: Where the weights come from.
+        """
+        return cls(
+            ok=False,
+            checkpoint=origin.checkpoint,
+            epoch=origin.epoch,
+            global_step=origin.global_step,
+            metrics=origin.metrics,
+            error=error,
+        )
+
     def with_tracking(self, record: TrackingRecord) -> ExportReport:
         """Return the same report with what the tracking server holds."""
         return replace(self, tracking=record)

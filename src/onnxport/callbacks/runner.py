@@ -192,17 +192,7 @@ class WorkerRunner:
                 "The module has changed since it was exported and cannot be sent to the worker. "
                 "The next checkpoint is exported in the training process."
             )
-        finished(
-            ExportReport(
-                ok=False,
-                checkpoint=origin.checkpoint,
-                epoch=origin.epoch,
-                global_step=origin.global_step,
-                metrics=origin.metrics,
-                error=text,
-            ),
-            None,
-        )
+        finished(ExportReport.of_failure(text, origin), None)
 
     def forget(self, path: Path) -> None:
         """Drop what waits for this model."""

@@ -181,6 +181,10 @@ class ExportSession:
                 logger.debug("%s is gone; it gets no model.", path)
                 return
             seconds["total"] = time.perf_counter() - start
+            if not report.ok:
+                # An older model would hold other weights; a worker that died has not removed it.
+                self._remove(path)
+                save_report(report, path)
             # A model that was removed with its checkpoint meanwhile is not tracked.
             if path.exists() or not report.ok:
                 report = self._track(report, origin, last=False)
@@ -261,29 +265,11 @@ class ExportSession:
                 if isinstance(error, OnnxportError)
                 else f"{type(error).__name__}: {error}"
             )
-            report = ExportReport(
-                ok=False,
-                checkpoint=saved.origin.checkpoint,
-                epoch=saved.origin.epoch,
-                global_step=saved.origin.global_step,
-                metrics=saved.origin.metrics,
-                error=text,
-            )
-            if publish:
-                self.removed(saved.path)
-                save_report(report, saved.path)
-            finished(report, None)
+            finished(ExportReport.of_failure(text, saved.origin), None)
 
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
-        report = ExportReport(
-            ok=False,
-            checkpoint=origin.checkpoint,
-            epoch=origin.epoch,
-            global_step=origin.global_step,
-            metrics=origin.metrics,
-            error=error,
-        )
+        report = ExportReport.of_failure(error, origin)
         self._kept.keep(report, {"total": 0.0}, self._kept.next_place())
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
@@ -295,8 +281,10 @@ class ExportSession:
         """
         self._runner.forget(path)
         settle(path)
-        if checkpoint is not None and not is_model_of(path, Path(checkpoint)):
-            return
+        if checkpoint is None or is_model_of(path, Path(checkpoint)):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
         try:
             remove_model(path)
         except OSError as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from onnxport.errors import WorkerError
 from onnxport.exporter.skeleton import pickle_by_value
+from onnxport.exporter.writer import remove_model
 from onnxport.worker.process import WorkerProcess
 from onnxport.worker.protocol import Done, SentJob, StageBegun, WeightsFile
 
@@ -62,6 +63,8 @@ class Order:
         weights: A descriptor of the weights, which belongs to the order; ``None``: they lie in the
             checkpoint's file.
         stage: What is being done, in words.
+        dropped: Nobody waits for the result.
+        forgotten: The checkpoint is gone, and so must be the model.
     """
 
     job: SentJob
@@ -69,16 +72,18 @@ class Order:
     weights: int | None = None
     stage: str = "waiting"
     dropped: bool = False
+    forgotten: bool = False
 
     def finish(self, result: Done | WorkerError) -> None:
         """Hand out the result, once, and let go of the weights."""
         if self.weights is not None:
             os.close(self.weights)
             self.weights = None
-        if self.dropped:
-            return
         try:
-            self.done(result)
+            if self.forgotten:
+                remove_model(self.job.path)  # published while its checkpoint was removed
+            if not self.dropped:
+                self.done(result)
         except Exception:  # the thread must go on
             logger.exception("What became of %s could not be noted.", self.job.path)
 
@@ -156,7 +161,7 @@ class Worker:
             self._drop_waiting(path)
             current = self._queue.current
             if current is not None and current.job.path == path:
-                current.dropped = True
+                current.dropped = current.forgotten = True
 
     def unfinished(self, session: str | None = None) -> list[Order]:
         """Return the orders that are not done, the current one first."""
@@ -299,7 +304,7 @@ class Worker:
             if self._deaths >= MAX_DEATHS:
                 return WorkerError(
                     f"The worker process died {self._deaths} times in a row, so no more models are "
-                    f"made in this run. Last: {error} background=False works without it."
+                    f"made in this run. Last: {error} Another core= may avoid it."
                 )
             try:
                 return self._work_on(order)

@@ -258,7 +258,8 @@ class OnnxExport(metaclass=FrameworkAware):
     ) -> None:
         if self._sessions:
             self._mirror_links(trainer)
-            self._try_early(trainer, pl_module)
+            with _never_raises("the export before the first checkpoint"):
+                self._try_early(trainer, pl_module)
             self._begin_batch(trainer, "training_step", batch, batch_idx)
         if trainer.world_size == 1:
             self._raise_failure(trainer)
@@ -302,6 +303,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._ended = True
         with _never_raises("the end of training by an error"):
             self._drain(trainer, DRAIN_AFTER_ERROR_S)
         if self._sessions:
@@ -329,8 +331,7 @@ class OnnxExport(metaclass=FrameworkAware):
         origin = replace(origin_of(trainer, "", self._measured), checkpoint=None, metrics={})
         for name, session in waiting:
             path = self._folder / f"preflight{name}.onnx"
-            with _never_raises("the export before the first checkpoint"):
-                session.try_early(Saved(state=state, path=path, origin=origin), self._no_export)
+            session.try_early(Saved(state=state, path=path, origin=origin), self._no_export)
 
     def _no_export(self, reason: str) -> None:
         message = f"The module does not export, so no checkpoint will get a model: {reason}"
