@@ -259,6 +259,27 @@ def test_what_is_no_weight_and_changed_leads_to_an_export(
     assert again.how == "refresh"
 
 
+class Limited(nn.Module):
+    """Cuts what is large; ordinary rows never are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+        self.limit = 100.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.clamp(max=self.limit))
+
+
+def test_a_change_that_ordinary_rows_do_not_show_is_seen_by_what_changed(tmp_path: Path) -> None:
+    module, x, pipeline = Limited(), torch.randn(4, 6).clamp(-3, 3), Pipeline()
+    run(pipeline, module, x, tmp_path / "0.onnx", core="trace")
+    module.limit = 4.0
+    report = run(pipeline, module, x, tmp_path / "1.onnx", core="trace")
+    assert (report.ok, report.how) == (True, "export")
+    assert_computes(tmp_path / "1.onnx", module, 8 * x)
+
+
 def test_a_counter_that_makes_no_difference_costs_no_export(tmp_path: Path) -> None:
     module, x, pipeline = Moody(), torch.randn(4, 6), Pipeline()
     for number in range(6):
