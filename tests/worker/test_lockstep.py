@@ -297,6 +297,18 @@ def test_the_memory_ceiling_ends_an_export_and_not_training(tmp_path: Path) -> N
     assert len(module.losses) == 3
 
 
+def test_a_worker_that_dies_leaves_no_older_model_under_the_name(tmp_path: Path) -> None:
+    options = {"epochs": 1, "filename": "same", "enable_version_counter": False}
+    folder = fit(tmp_path, zoo.Classifier(plain_net()), OnnxExport(core="trace"), **options)
+    assert (folder / "same.onnx").exists()
+    export = OnnxExport(core="trace", background=Background(drain_s=200, memory_gb=0.05))
+    fit(tmp_path, zoo.Classifier(plain_net()), export, **options)
+    assert [report.ok for report in export.reports] == [False]
+    assert not (folder / "same.onnx").exists()
+    assert '"ok": false' in (folder / "same.onnx.json").read_text()
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_script_without_a_guard_runs_once_and_its_classes_are_sent_by_value(
     tmp_path: Path,
 ) -> None:
