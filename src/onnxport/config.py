@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxport.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "Background",
@@ -175,20 +175,36 @@ class Background:
 
     def __post_init__(self) -> None:
         for name in ("max_workers", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(
-                    f"Background({name}=) must be at least 1, got {getattr(self, name)!r}."
-                )
-        if not 0 <= self.niceness <= MAX_NICENESS:
-            raise ConfigurationError(
-                f"Background(niceness=) must be 0 to {MAX_NICENESS}, got {self.niceness!r}."
-            )
-        for name in ("memory_gb", "stage_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigurationError(f"Background({name}=) must be above 0, got {value!r}.")
-        if not self.drain_s >= 0:
-            raise ConfigurationError(f"Background(drain_s=) must be >= 0, got {self.drain_s!r}.")
+            self._require(name, _is_whole, lambda value: value >= 1, "a whole number of at least 1")
+        self._require(
+            "niceness",
+            _is_whole,
+            lambda value: 0 <= value <= MAX_NICENESS,
+            f"a whole number from 0 to {MAX_NICENESS}",
+        )
+        self._require("stage_timeout_s", _is_number, lambda value: value > 0, "seconds above 0")
+        self._require("drain_s", _is_number, lambda value: value >= 0, "seconds, at least 0")
+        if self.memory_gb is not None:
+            self._require("memory_gb", _is_number, lambda value: value > 0, "GiB above 0, or None")
+
+    def _require(
+        self,
+        name: str,
+        is_kind: Callable[[object], bool],
+        is_allowed: Callable[[Any], bool],
+        wanted: str,
+    ) -> None:
+        value = getattr(self, name)
+        if not is_kind(value) or not is_allowed(value):
+            raise ConfigurationError(f"Background({name}=) must be {wanted}; got {value!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onnxport.config import ExportOptions, Inputs, MLflow, Tolerance, Verify
+from onnxport.config import Background, ExportOptions, Inputs, MLflow, Tolerance, Verify
 from onnxport.errors import ConfigurationError
 
 FLAT: dict[str, Any] = {
@@ -153,3 +153,23 @@ def test_flat_arguments_become_options() -> None:
 def test_inputs_of_another_type_are_refused_with_the_way_to_write_them(inputs: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"must be Inputs\(\.\.\.\), got \w+\. Write"):
         ExportOptions.of(**FLAT | {"inputs": inputs})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"threads": None}, "threads=. must be a whole number of at least 1; got None"),
+        ({"max_workers": 0}, "max_workers=. must be a whole number of at least 1; got 0"),
+        ({"max_workers": 1.5}, "max_workers=. must be a whole number"),
+        ({"niceness": 20}, "niceness=. must be a whole number from 0 to 19; got 20"),
+        ({"niceness": "x"}, "niceness=. must be a whole number from 0 to 19; got 'x'"),
+        ({"memory_gb": "8"}, "memory_gb=. must be GiB above 0, or None; got '8'"),
+        ({"memory_gb": 0}, "memory_gb=. must be GiB above 0"),
+        ({"stage_timeout_s": None}, "stage_timeout_s=. must be seconds above 0; got None"),
+        ({"drain_s": -1}, "drain_s=. must be seconds, at least 0; got -1"),
+        ({"drain_s": True}, "drain_s=. must be seconds, at least 0; got True"),
+    ],
+)
+def test_a_worker_that_cannot_live_so_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        Background(**options)

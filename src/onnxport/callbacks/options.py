@@ -116,7 +116,7 @@ def read_preflight(
     Raises:
         ConfigurationError: If it is none of the choices.
     """
-    if preflight not in {True, False, None, "raise"}:
+    if not (preflight is None or preflight is True or preflight is False or preflight == "raise"):
         raise ConfigurationError(
             f"preflight must be True, False, None or 'raise'; got {preflight!r}."
         )
