@@ -100,6 +100,34 @@ def test_pieces_of_one_structure_are_the_same_bytes() -> None:
     assert len({piece.model for piece in template.pieces}) == 1
 
 
+def test_a_constant_that_two_pieces_need_does_not_tie_them() -> None:
+    weights = {"a": torch.randn(4), "b": torch.randn(4)}
+    two = helper.make_tensor("t", FLOAT, [], [2.0])
+    nodes = [
+        NODE("Constant", [], ["two"], value=two),
+        NODE("Mul", ["a", "two"], ["a2"]),
+        NODE("Mul", ["b", "two"], ["b2"]),
+        NODE("Add", ["x", "a2"], ["h"]),
+        NODE("Add", ["h", "b2"], ["y"]),
+    ]
+    template = template_of(graph(nodes, weights), weights)
+    assert [piece.sources for piece in template.pieces] == [("a",), ("b",)]
+    assert len({piece.model for piece in template.pieces}) == 1
+
+
+def test_values_that_meet_later_are_one_piece() -> None:
+    weights = {"a": torch.randn(4), "b": torch.randn(4)}
+    nodes = [
+        NODE("Neg", ["a"], ["a2"]),
+        NODE("Neg", ["b"], ["b2"]),
+        NODE("Mul", ["a2", "b2"], ["ab"]),
+        NODE("Add", ["x", "ab"], ["y"]),
+    ]
+    template = template_of(graph(nodes, weights), weights)
+    assert [piece.sources for piece in template.pieces] == [("a", "b")]
+    assert [slot.name for slot in template.slots] == ["ab"]
+
+
 def test_a_large_weight_that_is_used_as_it_is_too_stays_one() -> None:
     weights = {"w": torch.randn(600, 600)}
     nodes = [

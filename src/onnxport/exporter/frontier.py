@@ -6,6 +6,7 @@ stored; what lies behind it is the graph that runs.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,23 +119,28 @@ def _is_plain(node: ir.Node) -> bool:
 
 def _groups(nodes: Sequence[ir.Node], weights: Mapping[ir.Value, str]) -> list[list[ir.Node]]:
     """Put nodes together that share a value, or a weight that is too large to be used twice."""
-    group_of: dict[ir.Value, list[ir.Node]] = {}
-    groups: list[list[ir.Node]] = []
+    made = {value for node in nodes for value in node.outputs}
+    leader: dict[ir.Node, ir.Node] = {}
+    first: dict[ir.Value, ir.Node] = {}
+
+    def lead(node: ir.Node) -> ir.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
     for node in nodes:
-        mine = [node]
-        shared = [v for v in node.inputs if v is not None and (v not in weights or _is_large(v))]
-        for value in shared:
-            other = group_of.get(value)
-            if other is not None and other is not mine:
-                other.extend(mine)
-                groups[:] = [group for group in groups if group is not mine]
-                group_of.update({v: other for v, g in group_of.items() if g is mine})
-                mine = other
-        if mine not in groups:
-            groups.append(mine)
-        group_of.update(dict.fromkeys((*shared, *node.outputs), mine))
-    order = {node: place for place, node in enumerate(nodes)}
-    return [sorted(group, key=order.__getitem__) for group in groups]
+        leader[node] = node
+        for value in node.inputs:
+            # Constants are no tie: they are repeated in every group that needs them.
+            if value is None:
+                continue
+            if value in made or (value in weights and _is_large(value)):
+                leader[lead(node)] = lead(first.setdefault(value, node))
+        first.update(dict.fromkeys(node.outputs, node))
+    groups: dict[ir.Node, list[ir.Node]] = defaultdict(list)
+    for node in nodes:
+        groups[lead(node)].append(node)
+    return list(groups.values())
 
 
 def _is_large(value: ir.Value) -> bool:
