@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._torch_compat import operators_read_once
 from onnxport.exporter.symbolic import optimize_symbolically
 
 if TYPE_CHECKING:
@@ -45,17 +46,18 @@ class DynamoCore:
         Raises:
             RuntimeError: If torch returns nothing, which its types allow.
         """
-        program = torch.onnx.export(
-            request.module,
-            request.args,
-            dynamo=True,
-            dynamic_shapes=(tuple(self._dims(axes) for axes in request.input_axes),),
-            input_names=list(request.input_names),
-            output_names=list(request.output_names),
-            opset_version=request.opset,
-            optimize=False,
-            verbose=False,
-        )
+        with operators_read_once():
+            program = torch.onnx.export(
+                request.module,
+                request.args,
+                dynamo=True,
+                dynamic_shapes=(tuple(self._dims(axes) for axes in request.input_axes),),
+                input_names=list(request.input_names),
+                output_names=list(request.output_names),
+                opset_version=request.opset,
+                optimize=False,
+                verbose=False,
+            )
         if program is None:
             raise RuntimeError("torch.onnx.export(dynamo=True) returned no program")
         if self.optimize:

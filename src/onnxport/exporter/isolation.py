@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from onnxport.exporter.module_state import borrowed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
-__all__ = ["changes_itself", "isolated"]
+__all__ = ["isolated", "watched"]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -26,12 +28,20 @@ def isolated(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def changes_itself(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
-    """Tell whether a run leaves a module other than it was, by one run that leaves no trace."""
+def watched(module: nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
+    """Run once without a trace, and tell whether it would have left the module other than it was.
+
+    Args:
+        module: The module.
+        run: Runs it.
+
+    Returns:
+        What the run gave, and whether it changed the module.
+    """
     with isolated(module):
         before = _fingerprint(module)
-        module(*(tensor.clone() for tensor in tensors))
-        return before != _fingerprint(module)
+        result = run()
+        return result, before != _fingerprint(module)
 
 
 def _fingerprint(module: nn.Module) -> list[Any]:

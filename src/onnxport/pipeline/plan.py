@@ -13,7 +13,7 @@ from onnxport._torch_compat import DEFAULT_OPSET, export_context, fake_tensors
 from onnxport.config import PRECISIONS
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
-from onnxport.exporter.isolation import changes_itself
+from onnxport.exporter.isolation import watched
 from onnxport.exporter.module_state import evaluate, preserved_rng
 from onnxport.exporter.target import FunctionModule, find_target
 from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
@@ -180,7 +180,8 @@ class Plan:
                     )
                     for fake, dims in zip(fakes, self.axes.inputs, strict=True)
                 ]
-                return changes_itself(self.flat, larger)
+                _, changed = watched(self.flat, lambda: self.flat(*larger))
+                return changed
         except Exception:
             logger.debug("the module refuses larger sizes", exc_info=True)
             return False

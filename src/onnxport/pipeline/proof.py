@@ -44,8 +44,8 @@ VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
 }
 """Rows made from real ones that may take other branches of the module."""
 SMALL_BATCH = 2
-FLOAT64_S = 0.3
-"""Seconds of runs after which no more are repeated in float64, which takes twice as long."""
+FLOAT64_S = 0.15
+"""Seconds of runs in float64 after which no more are made: some take seven times as long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,15 @@ class Case:
     rows: str
     inputs: Tensors
     references: tuple[Reference, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What PyTorch gave; the inputs are kept so that no others get their identity."""
+
+    inputs: Tensors
+    outputs: Tensors | None
+    seconds: float
 
 
 class Proof:
@@ -87,7 +96,8 @@ class Proof:
         self._verify = verify
         self.warnings: list[str] = []
         self.noise: list[float] = []
-        self._per_row: float | None = None
+        self._sized: dict[int, Tensors] = {}
+        self._ran: dict[int, _Run] = {}
         self.cases = self._make_cases()
 
     @property
@@ -130,18 +140,14 @@ class Proof:
         kept: list[tuple[str, Tensors, Tensors]] = []
         seconds: list[float] = []
         for rows, inputs in wanted:
-            start = time.perf_counter()
             run = self._try(rows, inputs)
-            if run is not None and (rows == REAL or _all_finite(run)):
-                kept.append((rows, inputs, run))
-                seconds.append(time.perf_counter() - start)
+            if run.outputs is not None and (rows == REAL or _all_finite(run.outputs)):
+                kept.append((rows, inputs, run.outputs))
+                seconds.append(run.seconds)
+        self._ran.clear()
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
-        exact = _worth_float64([rows for rows, _, _ in kept], seconds)
-        doubles = _run_double(
-            self._plan.flat,
-            [kept[place][1] if place in exact else None for place in range(len(kept))],
-        )
+        doubles = _run_double(self._plan.flat, [case[:2] for case in kept], seconds)
         references: list[list[Reference]] = [[] for _ in kept]
         # Such rows may be out of the module's domain: their rounding says nothing of real ones.
         for rows in (REAL, *VARIANTS):
@@ -158,7 +164,7 @@ class Proof:
             for place, reference in zip(places, made, strict=True):
                 references[place] = reference
         if any(doubles):
-            for place in set(range(len(kept))) - exact:
+            for place in [place for place, double in enumerate(doubles) if double is None]:
                 references[place] = [
                     pinned_reference(out, noise, self._verify.tolerance, source="float32")
                     for out, noise in zip(kept[place][2], self.noise, strict=True)
@@ -191,8 +197,11 @@ class Proof:
 
     def _at_batch(self, size: int) -> Tensors:
         """Real rows at another batch size; the first call where there is no batch axis."""
-        axes = self._plan.axes
-        return resize(self._plan.rows, axes.inputs, dict.fromkeys(axes.batches, size))
+        if size not in self._sized:
+            axes = self._plan.axes
+            wanted = dict.fromkeys(axes.batches, size)
+            self._sized[size] = resize(self._plan.rows, axes.inputs, wanted)
+        return self._sized[size]
 
     def _affordable_call(self, call: Tensors) -> Tensors:
         axes = self._plan.axes
@@ -215,11 +224,9 @@ class Proof:
         """Lower the observed batch size if one eager run of it would take too long."""
         if size <= SMALL_BATCH:
             return size
-        if self._per_row is None:
-            start = time.perf_counter()
-            ran = self._try(REAL, self._at_batch(SMALL_BATCH)) is not None
-            self._per_row = (time.perf_counter() - start) / SMALL_BATCH if ran else 0.0
-        most = int(self._verify.seconds_per_run / max(self._per_row, 1e-9))
+        run = self._try(REAL, self._at_batch(SMALL_BATCH))
+        per_row = run.seconds / SMALL_BATCH if run.outputs is not None else 0.0
+        most = int(self._verify.seconds_per_run / max(per_row, 1e-9))
         if size > most:
             self.warnings.append(f"Proven up to batch {max(most, 3)}, not {size}, to save time.")
         return min(size, max(most, 3))
@@ -241,9 +248,18 @@ class Proof:
             changes.append({name: 2 * largest[name] + steps[name] for name in others})
         possible = [change for change in changes if all(size > 0 for size in change.values())]
         candidates = [resize(small, axes.inputs, change) for change in possible]
-        return [inputs for inputs in candidates if self._try(PROBE, inputs) is not None]
+        return [inputs for inputs in candidates if self._try(PROBE, inputs).outputs is not None]
 
-    def _try(self, rows: str, inputs: Tensors) -> Tensors | None:
+    def _try(self, rows: str, inputs: Tensors) -> _Run:
+        """Run once; what was run already is known."""
+        if id(inputs) not in self._ran:
+            start = time.perf_counter()
+            outputs = self._run(rows, inputs)
+            seconds = time.perf_counter() - start
+            self._ran[id(inputs)] = _Run(inputs=inputs, outputs=outputs, seconds=seconds)
+        return self._ran[id(inputs)]
+
+    def _run(self, rows: str, inputs: Tensors) -> Tensors | None:
         try:
             # Another size may make the module grow a table that it keeps: what is exported later
             # must not have learnt it from here.
@@ -296,33 +312,49 @@ def _all_finite(outputs: Tensors) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point())
 
 
-def _worth_float64(rows: Sequence[str], seconds: Sequence[float]) -> set[int]:
-    """Return the runs that are repeated in float64: all, or of a dear module the quicker ones.
+def _run_double(
+    flat: FlatModule, cases: Sequence[tuple[str, Tensors]], seconds: Sequence[float]
+) -> list[Tensors | None]:
+    """Run in float64, the quickest first and of a dear module no more than these.
 
     What rounding costs is seen on few rows as well as on many.
+
+    Args:
+        flat: The module.
+        cases: Kind of rows and inputs of each run.
+        seconds: What each run took in the module's own precision.
+
+    Returns:
+        The outputs; ``None`` where a run is too dear, and everywhere if the module does not run so.
     """
-    chosen: set[int] = set()
-    spent = 0.0
-    for place in sorted(range(len(rows)), key=seconds.__getitem__):
-        if rows[place] != REAL or spent < FLOAT64_S or not chosen:
-            chosen.add(place)
-            spent += seconds[place]
-    return chosen if any(rows[place] == REAL for place in chosen) else set(range(len(rows)))
-
-
-def _run_double(flat: FlatModule, inputs: Sequence[Tensors | None]) -> list[Tensors | None]:
-    """Run some of the rows in float64; ``None`` where the module does not run so."""
+    found: list[Tensors | None] = [None] * len(cases)
+    spent, real = 0.0, False
     try:
-        double = copy.deepcopy(flat).double()
-        return [
-            None
-            if tensors is None
-            else run_flat(double, [t.double() if t.is_floating_point() else t for t in tensors])
-            for tensors in inputs
-        ]
+        double = _in_float64(flat)
+        for place in sorted(range(len(cases)), key=seconds.__getitem__):
+            rows, inputs = cases[place]
+            if rows == REAL and real and spent >= FLOAT64_S:
+                continue
+            start = time.perf_counter()
+            wide = [t.double() if t.is_floating_point() else t for t in inputs]
+            found[place] = run_flat(double, wide)
+            spent += time.perf_counter() - start
+            real = real or rows == REAL
     except Exception:
         logger.debug("the module does not run in float64", exc_info=True)
-        return [None] * len(inputs)
+        return [None] * len(cases)
+    return found
+
+
+def _in_float64(flat: FlatModule) -> FlatModule:
+    """Copy in float64; the parameters are not copied first, for they may be large."""
+    with torch.no_grad():
+        wide = {
+            id(weight): torch.nn.Parameter(weight.double(), requires_grad=False)
+            for weight in flat.parameters()
+            if type(weight) is torch.nn.Parameter and weight.is_floating_point()
+        }
+    return copy.deepcopy(flat, wide).double()
 
 
 def _widest(reference: Reference) -> float:
