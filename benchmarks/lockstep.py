@@ -64,6 +64,7 @@ SEARCH_S = 0.25
 SETTLED = 2
 """Reports after which a worker only refreshes."""
 LIMIT_S = 3 * 3600.0
+WAIT_S = 600.0
 KEEP_ALL_MB = 100
 """Checkpoints of larger plain models are removed but for two."""
 GROWTH_MB = (10, 30, 100, 300, 1200)
@@ -369,9 +370,82 @@ class Pace(pl.Callback):
         return median(after - before for before, after in pairwise(self.ends[WARM_STEPS - 1 :]))
 
 
+class Wait(pl.Callback):
+    """Lets training wait for each model, so that nothing runs beside the worker, and saves then.
+
+    Args:
+        export: The callback whose models are waited for.
+        folder: Where the weights are saved.
+    """
+
+    def __init__(self, export: Any, folder: Path) -> None:
+        self.export = export
+        self.folder = folder
+        self.saves: list[float] = []
+
+    @override
+    def on_train_batch_end(self, *found: Any) -> None:
+        """Wait for the export before the first checkpoint, once it has begun."""
+        if found[-1] == MIN_STEPS - 1:
+            self._wait(lambda: bool(self.export.preflight_reports))
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the model of the last checkpoint, then save the weights of it."""
+        if trainer.current_epoch:
+            self._wait(lambda: len(self.export.reports) >= trainer.current_epoch)
+            file = self.folder / f"state-{trainer.current_epoch % 2}.pt"
+            state = pl_module.state_dict()
+            self.saves.append(timed_into(file, lambda: torch.save(state, file)))
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        end = time.monotonic() + WAIT_S
+        while not until() and time.monotonic() < end:
+            time.sleep(POLL_S)
+
+
+class Beside(pl.Callback):
+    """Lets another process save the same weights beside training, as a worker would.
+
+    Args:
+        job: Of this process.
+        folder: Where the weights are saved.
+    """
+
+    def __init__(self, job: Found, folder: Path) -> None:
+        command = [sys.executable, __file__, "--job", json.dumps(job | {"kind": "beside"})]
+        self._process = subprocess.Popen(
+            [*command, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.saves: list[float] = []
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask for a save, as after a checkpoint."""
+        if trainer.current_epoch and self._process.stdin is not None:
+            self._process.stdin.write("save\n")
+            self._process.stdin.flush()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what it took."""
+        self.saves += map(float, self._process.communicate()[0].split())
+
+
+def save_beside(job: Found, folder: Path) -> Found:
+    """Save weights whenever a line comes, and say what it took."""
+    os.nice(19)
+    _, module = prepare(job)
+    state = module.state_dict()
+    for count, _ in enumerate(sys.stdin):
+        file = folder / f"state-{count % 2}.pt"
+        print(timed_into(file, lambda: torch.save(state, file)), flush=True)  # noqa: B023
+    return {}
+
+
 def make_callback(row: str, sample: torch.Tensor) -> Any:
     """Return the callback of a row, or ``None``."""
-    if row in {"none", "calibrate"}:
+    if row in {"none", "beside"}:
         return None
     if row in HAND_WRITTEN:
         return HandWritten(sample, dynamo=row == "dynamo")
@@ -379,6 +453,7 @@ def make_callback(row: str, sample: torch.Tensor) -> Any:
 
     chosen: dict[str, dict[str, Any]] = {
         "background": {},
+        "waiting": {},
         "inline": {"background": False},
         "end": {"when": "end"},
     }
@@ -437,9 +512,13 @@ def fit(job: Found, folder: Path) -> Found:
     checkpoints = ModelCheckpoint(
         folder / "checkpoints", save_top_k=model.keep, monitor="progress", mode="max"
     )
-    trainer = make_trainer(
-        folder, job["epochs"], [checkpoints, *([callback] if callback else [])], saves=True
-    )
+    extra: Wait | Beside | None = None
+    if job["row"] == "waiting":
+        extra = Wait(callback, folder)
+    elif job["row"] == "beside":
+        extra = Beside(job, folder)
+    callbacks = [checkpoints, *(each for each in (callback, extra) if each is not None)]
+    trainer = make_trainer(folder, job["epochs"], callbacks, saves=True)
     clock.attach(trainer, module, callback)
     begun = time.perf_counter()
     trainer.fit(module, loader)
@@ -455,6 +534,7 @@ def fit(job: Found, folder: Path) -> Found:
         },
         "reports": [facts_of(report) for report in getattr(callback, "reports", [])],
         "preflight": [facts_of(r) for r in getattr(callback, "preflight_reports", [])],
+        "save_s": extra.saves if extra is not None else [],
         "errors": getattr(callback, "errors", []),
         "log": said.lines,
         "trainer_peak": peak,
@@ -813,6 +893,7 @@ class Bench:
 
 
 JOBS: dict[str, Callable[[Found, Path], Found]] = {
+    "beside": save_beside,
     "calibrate": calibrate,
     "fit": fit,
     "primitives": primitives,
@@ -880,7 +961,8 @@ def main() -> None:
         return
     job, folder = json.loads(options.job[0]), Path(options.job[1])
     found = JOBS[job["kind"]](job, folder)
-    (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
+    if found:
+        (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ ROOT = f"{Path(__file__).resolve().parent.parent}/"
 PACKAGES = ("torch", "lightning", "onnx", "onnxscript", "onnxruntime", "onnxport")
 ROWS = {
     "none": "no export",
+    "beside": "torch.save beside",
     "background": "OnnxExport()",
+    "waiting": "OnnxExport(), waiting",
     "inline": "OnnxExport(background=False)",
     "end": 'OnnxExport(when="end")',
     "dynamo": "to_onnx(dynamo=True)",
@@ -58,11 +60,14 @@ the file (`TorchCheckpointIO.save_checkpoint`, *own save*), less the same differ
 without export. The hand-written callbacks export right after that, with the batch axis stated \
 by hand and in eval mode; theirs is added. *Later*: all checkpoints but the first; median (p95). \
 *Refresh*: the stages of a worker that fills weights into the graph that is there and proves the \
-model. *To proven*: from the saved checkpoint to the published model. *Trainer +*: its peak \
-resident memory, copies of weights in memory files included, over that of the row without \
-export. *Worker*: peaks of its own memory (anonymous and shared) and of all resident memory, \
-pages of files included, while it refreshes, over what a worker has that made models of nearly \
-no weights, which is imports. Fit includes making the callback and waiting for the last models."""
+model. *Waiting*: training sleeps until each model is there, so that nothing runs beside the \
+worker, and then saves the weights to a new file. *Beside*: no export; another process of low \
+priority saves the weights beside training, to new files. *To proven*: from the saved checkpoint \
+to the published model. *Trainer +*: its peak resident memory, copies of weights in memory files \
+included, over that of the row without export. *Worker*: peaks of its own memory (anonymous and \
+shared) and of all resident memory, pages of files included, while it refreshes, over what a \
+worker has that made models of nearly no weights, which is imports. Fit includes making the \
+callback and waiting for the last models."""
 
 
 def about() -> Found:
@@ -206,6 +211,7 @@ def row_figures(row: Found, none: Found | None, part: Found) -> Found:
         "to_proven_first": next((r["total_s"] for r in done if r["epoch"] == 0), None),
         "to_proven": spread(report["total_s"] for report in later),
         "refresh": spread(report["worker_s"] for report in fresh),
+        "save": spread(row.get("save_s", [])),
         "stages": _stages(fresh),
         "how": [report["how"] for report in done],
         "reports_failed": [r["error"] for r in row["reports"] if not r["ok"]],
@@ -261,27 +267,34 @@ def judge(name: str, figures: Found) -> list[Found]:
     stall, refresh = _middle(row["stall"]), _middle(row["refresh"])
     export = _middle(dynamo["stall"]) if dynamo and not dynamo["errors"] else None
     raw = (figures.get("raw_s") or [None])[0]
-    first = row["preflight"][0] if row["preflight"] else None
     above = row.get("worker_above", {})
+    waiting, beside = rows.get("waiting", {}), rows.get("beside", {})
     known: list[tuple[str, str, float | None]] = [
         ("stall_of_save", "stall later / own save", ratio(stall, _middle(row["own_save"]))),
         ("stall_of_dynamo", "stall later / that of dynamo", ratio(stall, export)),
-        ("first_of_raw", "first export, proven / raw dynamo", ratio(first, raw)),
+        ("first_of_raw", "first export, proven / raw dynamo", ratio(_first(waiting), raw)),
+        ("first_of_raw", "the same, export beside training", ratio(_first(row), raw)),
         ("fit_ratio", "fit / fit without export", row.get("fit_ratio")),
         ("trainer_added", "trainer's memory + / weights", ratio(row.get("trainer_added"), weights)),
     ]
     if name == "encoder":
-        speedup = ratio(export, refresh)
+        speedup = ratio(export, refresh)  # both in a run with training
         known.append(("refresh_speedup", "dynamo export / refresh", speedup))
     if weights >= LARGE:
-        saved = ratio(refresh, figures.get("save_s"))
+        alone = ratio(_middle(waiting.get("refresh")), _middle(waiting.get("save")))
+        both = ratio(refresh, _middle(beside.get("save")))
         mine, resident = (ratio(above.get(kind), weights) for kind in ("own", "rss"))
         known += [
-            ("refresh_of_save", "refresh / torch.save", saved),
+            ("refresh_of_save", "refresh / torch.save, training waiting", alone),
+            ("refresh_of_save", "refresh / torch.save, both beside training", both),
             ("worker_above", "worker's own memory / weights", mine),
             ("worker_above", "worker's resident memory / weights", resident),
         ]
     return [_target(name, key, text, value) for key, text, value in known]
+
+
+def _first(row: Found) -> float | None:
+    return row["preflight"][0] if row.get("preflight") else None
 
 
 def _target(model: str, key: str, text: str, value: float | None) -> Found:
@@ -478,6 +491,8 @@ def _notes(name: str, row: Found) -> list[str]:
             f"batch hook {_seconds(row['batch_hook_max'])}; refreshes: {stages or 'none'}; "
             f"{', '.join(row['how'])}{held}."
         )
+    if row.get("save"):
+        notes.append(f"{ROWS[name]}: torch.save of the weights {_spread(row['save'])}.")
     if row["workers"] > 1:
         notes.append(f"{ROWS[name]}: {row['workers']} worker processes, one after the other.")
     if row.get("same_training") is False:

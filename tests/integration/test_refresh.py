@@ -20,7 +20,7 @@ from onnxport.exporter.fingerprint import fingerprint
 from onnxport.exporter.module_state import copy_module
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.weights import weights_sha256
-from onnxport.pipeline import ExportJob, GivenModule, Pipeline
+from onnxport.pipeline import ExportJob, GivenModule, LiveReference, Pipeline, blueprint
 from onnxport.tree import Example
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def run(
     path: Path,
     *,
     core: str = "auto",
+    reference: LiveReference | None = None,
     **options: Any,
 ) -> ExportReport:
     return pipeline.run(
@@ -134,6 +135,7 @@ def run(
             path=path,
             options=ExportOptions(core=core, **options),  # type: ignore[arg-type]
             fingerprint=fingerprint(module),
+            reference=reference,
         )
     )
 
@@ -320,3 +322,49 @@ def test_a_longer_call_than_the_model_takes_leads_to_an_export(tmp_path: Path) -
     assert [report.how for report in reports] == ["export", "export"]
     assert "does not take" in reports[1].attempts[0].reason
     assert len(reports[1].dynamic_axes["x"]) == 2
+
+
+class NeedsTwo(nn.Module):
+    """Takes no batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] < 2:
+            raise ValueError("two rows at least")
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("limit", "module", "rows", "sizes"),
+    [
+        (10**9, nn.Linear(6, 3), 2, [1, 2, 5]),
+        (0, nn.Linear(6, 3), 1, [1]),
+        (0, NeedsTwo(), 2, [2]),
+    ],
+    ids=["small", "large", "large, no batch of one"],
+)
+def test_one_row_of_a_large_model_passes_all_weights(
+    limit: int,
+    module: nn.Module,
+    rows: int,
+    sizes: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blueprint, "LARGE_BYTES", limit)
+    pipeline, x = Pipeline(), torch.randn(4, 6)
+    assert run(pipeline, module, x, tmp_path / "0.onnx").ok
+    assert pipeline.blueprint is not None
+    example = pipeline.blueprint.example
+    assert example is not None
+    assert example.args[0].shape == (rows, 6)
+    other = changed(module)
+    with torch.no_grad():
+        outputs = (other(example.args[0]),)
+    live = LiveReference(example=example, outputs=outputs, rtol=1e-4, exact=True)
+    report = run(pipeline, other, x, tmp_path / "1.onnx", reference=live)
+    assert (report.ok, report.how) == (True, "refresh")
+    assert sorted(check.sizes["batch"] for check in report.checks) == sizes

@@ -35,9 +35,7 @@ def runtime(
     made = create_autospec(onnxruntime.InferenceSession, instance=True)
     made.get_providers.return_value = used
     made.get_inputs.return_value = [create_autospec(onnxruntime.NodeArg, instance=True)]
-    value = create_autospec(onnxruntime.OrtValue, instance=True)
-    value.element_type.return_value = 1
-    value.numpy.return_value = np.full(1, 2.0, np.float32)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.full(1, 2.0, np.float32))
     made.run_with_ort_values.return_value = [value]
     if fails:
         made.run_with_ort_values.side_effect = RuntimeError("CUDA driver version is insufficient")

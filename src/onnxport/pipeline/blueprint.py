@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from onnxport.report import ExportReport
     from onnxport.tree import Spec
 
-__all__ = ["REFERENCE_ROWS", "Blueprint", "plain_state"]
+__all__ = ["Blueprint", "plain_state"]
 
 REFERENCE_ROWS = 2
 """Rows of the call that the live module runs at each checkpoint: that the graph takes any number of
 them was shown by the export, and weights do not change it."""
+
+LARGE_BYTES = 32 * 2**20
+"""Of larger models one row is run, in training and in the proof: it passes all weights."""
 
 INDIFFERENT = 3
 """An attribute that changed this often, and made no difference in any full proof, is watched no
@@ -70,6 +73,20 @@ class Blueprint:
     _seen: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     _changes: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a run of it is dear enough to be made once and on one row."""
+        return self.template.nbytes > LARGE_BYTES
+
+    @property
+    def rows(self) -> int:
+        """How many rows the live module is asked for."""
+        ones = (
+            {size for name, size in check.sizes.items() if name in self.plan.axes.batches}
+            for check in self.report.checks
+        )
+        return 1 if self.is_large and {1} in ones else REFERENCE_ROWS
+
     @classmethod
     def of(
         cls,
@@ -83,7 +100,7 @@ class Blueprint:
         metadata: Mapping[str, object],
     ) -> Blueprint:
         """Keep what is needed of an export that was proven."""
-        return cls(
+        made = cls(
             template=template,
             plan=plan.without_module(),
             spec=plan.flat.spec,
@@ -93,10 +110,11 @@ class Blueprint:
             noise=noise,
             schema=_schema(job.source.state()),
             fingerprint=job.fingerprint,
-            example=_small_example(job, plan),
+            example=None,
             metadata=metadata,
             _seen={shape for example in job.examples if (shape := _shape(example, plan.flat.spec))},
         )
+        return replace(made, example=_small_example(job, plan, made.rows))
 
     def plan_for(self, root: nn.Module, module: nn.Module) -> Plan:
         """Return the plan for a module with other weights."""
@@ -166,13 +184,13 @@ def _shape(example: Example, spec: Spec) -> tuple[tuple[int, ...], ...] | None:
     return tuple(tuple(tensor.shape) for _, tensor in found)
 
 
-def _small_example(job: ExportJob, plan: Plan) -> Example | None:
+def _small_example(job: ExportJob, plan: Plan, rows: int) -> Example | None:
     example = job.examples[0]
     spec, found = flatten((example.args, dict(example.kwargs)))
     if not isinstance(job.target, str) or not same_structure(spec, plan.flat.spec):
         return None
     tensors = tuple(tensor for _, tensor in found)
     sizes = current_sizes(tensors, plan.axes.inputs)
-    fewer = {name: min(sizes[name], REFERENCE_ROWS) for name in plan.axes.batches}
+    fewer = {name: min(sizes[name], rows) for name in plan.axes.batches}
     args, kwargs = rebuild(spec, resize(tensors, plan.axes.inputs, fewer), fresh=True)
     return Example(tuple(args), dict(kwargs))

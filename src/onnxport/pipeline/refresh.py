@@ -14,7 +14,7 @@ from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import sync_model, write_filled
 from onnxport.inputs.resize import current_sizes, resize, take
-from onnxport.pipeline.blueprint import REFERENCE_ROWS, plain_state
+from onnxport.pipeline.blueprint import plain_state
 from onnxport.pipeline.job import ModuleMissingError
 from onnxport.pipeline.plan import target_of
 from onnxport.pipeline.proof import REAL, Case, Proof, check_case
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Refreshed", "refresh"]
 
 logger = logging.getLogger(__name__)
-
-LARGE_BYTES = 64 * 2**20
-"""Larger models are run at two batch sizes for a refresh, others at three."""
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -139,11 +136,14 @@ def _prove(
 def _judge(
     blueprint: Blueprint, job: ExportJob, staged: Path, cases: Sequence[Case]
 ) -> tuple[Check, ...]:
-    """Run the file in ONNX Runtime, its weights where they lie."""
+    """Run the file in ONNX Runtime, its weights where they lie.
+
+    The thread that has hashed the weights only waits for the disk now.
+    """
     checks: tuple[Check, ...] = ()
     with twin_of(staged) as twin:
         for provider in resolve_providers(job.options.verify.providers):
-            session = Session(twin, provider, in_place=True)
+            session = Session(twin, provider, in_place=True, spare=1)
             for case in cases:
                 check = check_case(blueprint.plan.signature, session, case, checks)
                 checks = (*checks, check)
@@ -153,6 +153,7 @@ def _judge(
 def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
     """Yield what the live module says of this checkpoint: its rows, one of them, and all repeated.
 
+    The last two for models that are not large, whose runs cost more than all the writing.
     Where each row keeps its result in any batch, which the export has shown, the rows of one run
     say what comes out at other batch sizes. Nothing is yielded where the run says nothing of the
     model itself: on another device, in another precision, of another function.
@@ -171,12 +172,9 @@ def _live_cases(blueprint: Blueprint, job: ExportJob) -> Iterator[Case]:
     inputs, outputs = tuple(tensor for _, tensor in found), reference.outputs
     yield _case(blueprint, job, inputs, outputs)
     rows = _rows(blueprint, inputs)
-    if rows is None or rows == 1:
+    if rows is None or rows == 1 or blueprint.is_large:
         return
-    sizes = [[rows - 1]]
-    if blueprint.template.nbytes <= LARGE_BYTES:
-        sizes.append([*range(rows), *range(rows), 0])
-    for index in sizes:
+    for index in ([rows - 1], [*range(rows), *range(rows), 0]):
         places = torch.tensor(index)
         yield _case(
             blueprint,
@@ -191,7 +189,7 @@ def _own_case(blueprint: Blueprint, plan: Plan, job: ExportJob) -> Case:
 
     It ran on another device or in another precision, or what is exported is a wrapper around it.
     """
-    fewer = dict.fromkeys(plan.axes.batches, REFERENCE_ROWS)
+    fewer = dict.fromkeys(plan.axes.batches, blueprint.rows)
     inputs = resize(plan.calls[0], plan.axes.inputs, fewer)
     return _case(blueprint, job, inputs, run_flat(plan.flat, inputs, isolate=True))
 

@@ -29,6 +29,8 @@ __all__ = [
 
 CPU = "CPUExecutionProvider"
 _ACCELERATORS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CoreMLExecutionProvider")
+_BOOL = 9
+"""``TensorProto.BOOL``."""
 _QUIET = 4
 """ONNX Runtime's log severity "fatal": what matters is raised or returned."""
 
@@ -112,19 +114,22 @@ class Session:
         provider: Execution provider, which must really be used.
         in_place: Use the weights where they lie, and the graph as it is. By default weights are
             fused and laid out anew, which needs a second copy of them and pays after many runs.
+        spare: Threads that are idle besides, where :func:`use_threads` has set how many there are.
 
     Raises:
         VerificationError: If the model does not load, or another provider is used instead.
     """
 
-    def __init__(self, model: Path | bytes, provider: str = CPU, *, in_place: bool = False) -> None:
+    def __init__(
+        self, model: Path | bytes, provider: str = CPU, *, in_place: bool = False, spare: int = 0
+    ) -> None:
         ort = _runtime()
         if provider not in ort.get_available_providers():
             raise VerificationError(_not_used(provider, ort.get_available_providers()))
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         if _THREADS:
-            options.intra_op_num_threads = _THREADS[-1]
+            options.intra_op_num_threads = _THREADS[-1] + spare
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if in_place:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -212,11 +217,12 @@ def _exact(provider: str) -> dict[str, str]:
 
 
 def _to_torch(value: Any) -> torch.Tensor:
-    if value.element_type() == 16:  # noqa: PLR2004 - TensorProto.BFLOAT16, which numpy lacks
-        raw = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())  # noqa: SLF001
-        return raw.clone()
-    array = np.array(value.numpy(), copy=True)
-    return torch.from_numpy(array.reshape(-1)).reshape(array.shape)
+    """Take over a result: nothing is copied, for it may be as large as a weight."""
+    if value.element_type() == _BOOL:  # DLPack's consumers do not agree on what it is
+        array = np.array(value.numpy(), copy=True)
+        return torch.from_numpy(array.reshape(-1)).reshape(array.shape)
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())  # noqa: SLF001
+    return tensor
 
 
 def _short(error: Exception) -> str:
