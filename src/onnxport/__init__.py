@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxport.api import export, verify
     from onnxport.callbacks.cadence import Cadence
     from onnxport.callbacks.lightning import OnnxExport
+    from onnxport.callbacks.resume import resume
     from onnxport.config import Background, Inputs, MLflow, Tolerance, Verify
     from onnxport.errors import (
         ConfigurationError,
@@ -53,6 +54,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "export",
+    "resume",
     "verify",
     "weights_sha256",
 ]
@@ -61,6 +63,7 @@ _HOMES = {
     "onnxport.api": ("export", "verify"),
     "onnxport.callbacks.cadence": ("Cadence",),
     "onnxport.callbacks.lightning": ("OnnxExport",),
+    "onnxport.callbacks.resume": ("resume",),
     "onnxport.config": ("Background", "Inputs", "MLflow", "Tolerance", "Verify"),
     "onnxport.errors": (
         "ConfigurationError",

@@ -44,7 +44,9 @@ def test_what_is_noted_is_owed_until_it_is_settled(tmp_path: Path) -> None:
     )
     model = tmp_path / "models" / "epoch=0.onnx"
     note(model, "-net", origin)
-    assert list(owed([tmp_path], "-net")) == [(model, origin)]
+    (debt,) = owed([tmp_path], "-net")
+    assert (debt.model, debt.name, debt.origin) == (model, "-net", origin)
+    assert list(owed([tmp_path])) == [debt]
     assert list(owed([tmp_path], "")) == []
     settle(model)
     settle(model)

@@ -151,6 +151,7 @@ class WorkerRunner:
             calls=self._sent.calls,
             blueprint=self._blueprint,
             only_try=not job.publish,
+            template=job.template,
         )
         origin = job.provenance  # not the job, which holds the weights
         self._worker.submit(

@@ -19,7 +19,7 @@ import torch
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
-from onnxport.callbacks.owed import note, owed, settle
+from onnxport.callbacks.owed import note, owed, settle, sweep, template_path
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner
@@ -117,6 +117,8 @@ class ExportSession:
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
         self._recovered = False
+        self._templates: set[Path] = set()
+        self._given_up: set[Path] = set()
         self._small: Example | None = None
         self._preflight_begun = False
         self._reference = Reference(module)
@@ -239,8 +241,9 @@ class ExportSession:
         if self._recovered or self._observer.choose() is None:
             return
         self._recovered = True
-        for path, origin in list(owed(folders, self._name)):
-            file = Path(str(origin.checkpoint))
+        for debt in list(owed(folders, self._name)):
+            path, origin, file = debt.model, debt.origin, debt.checkpoint
+            self._templates.add(template_path(path, self._name))
             try:
                 state = read_state_dict(file)
             except (OnnxportError, OSError) as error:
@@ -257,6 +260,8 @@ class ExportSession:
         try:
             with self._unobserved(), unobserved():
                 job, live = self._job(saved, alive=alive)
+                if publish and job.reference is not None:
+                    note(saved.path, self._name, saved.origin, job.reference, job.options)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
             logger.debug("The export could not start", exc_info=True)
@@ -298,10 +303,12 @@ class ExportSession:
             tell: Called now and then with what is being done for each of them.
         """
         self._observer.stop()
-        for path in self._runner.wait(limit_s, tell):
+        for path in set(self._runner.wait(limit_s, tell)) - self._given_up:
+            self._given_up.add(path)
             text = (
                 f"{path} was not finished within the {limit_s:.0f} s that the end of training "
-                "waits (Background(drain_s=)). The next fit with this checkpoint folder makes it."
+                f"waits (Background(drain_s=)). `onnxport resume {path.parent}` or the next fit "
+                "with this checkpoint folder makes it."
             )
             logger.warning(text)
             self._kept.keep(
@@ -322,6 +329,7 @@ class ExportSession:
         """
         self._observer.stop()
         self._runner.close()
+        sweep(self._templates)
         if self._tracker is None:
             return
         self._tracker.resume()
@@ -363,8 +371,14 @@ class ExportSession:
             provenance=saved.origin,
             reference=reference,
             fingerprint=fingerprint(self._module),
+            template=self._template(saved.path),
         )
         return job, live
+
+    def _template(self, model: Path) -> Path:
+        path = template_path(model, self._name)
+        self._templates.add(path)
+        return path
 
     def _given(self) -> tuple[Example, ...]:
         given = self._options.inputs.example

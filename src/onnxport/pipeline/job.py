@@ -118,6 +118,8 @@ class ExportJob:
             :func:`onnxport.exporter.fingerprint.fingerprint`; ``None``: unknown.
         skip: Names of rungs that are not tried: they have ended a process.
         publish: Whether a proven model gets its name; if not, nothing is left of it.
+        template: Where to keep what later models of the same module need besides their weights, or
+            ``None``.
     """
 
     source: ModuleSource
@@ -130,3 +132,4 @@ class ExportJob:
     fingerprint: Mapping[str, str] | None = None
     skip: frozenset[str] = frozenset()
     publish: bool = True
+    template: Path | None = None

@@ -110,16 +110,19 @@ def _prove(
         VerificationError: If the model is wrong.
     """
     live, changed = tuple(_live_cases(blueprint, job)), blueprint.changed(job)
+    wrong = ""
     if live and not changed:
         try:
             return _judge(blueprint, job, staged, live), ()
-        except VerificationError:
+        except VerificationError as error:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
+            wrong = str(error)
     warnings: list[str] = []
     try:
         plan = blueprint.plan_for(*target_of(job, warnings))
-    except ModuleMissingError:
+    except ModuleMissingError as error:
         if not live or not changed:
+            error.add_note(wrong)
             raise
         return _judge(blueprint, job, staged, live), ()
     if not live and not changed:

@@ -21,6 +21,7 @@ from onnxport.exporter.writer import (
     staging,
 )
 from onnxport.inputs.resize import current_sizes
+from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.job import SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan
@@ -79,12 +80,15 @@ class Pipeline:
         """
         draft = _draft(job)
         watch = Stopwatch(self.tell)
+        stale: tuple[Attempt, ...] = ()
         try:
             require_replaceable(job.path)
             report, stale = self._refresh(job, draft, watch)
             if report is None:
                 report = self._export(job, replace(draft, attempts=stale), watch)
-        except SourceLostError:
+        except SourceLostError as error:
+            for attempt in stale:
+                error.add_note(attempt.reason)
             raise
         except OnnxportError as error:
             report = replace(draft, error=str(error))
@@ -114,6 +118,8 @@ class Pipeline:
         known = self.blueprint
         if known is None:
             return None, ()
+        if job.template is not None and not job.template.exists():
+            save_blueprint(known, job.template)
         core, start = known.rung.core.name, time.perf_counter()
         attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
         try:
@@ -187,6 +193,8 @@ class Pipeline:
                 )
                 with watch.stage("template"):
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
+                    if job.template is not None and self.blueprint is not None:
+                        save_blueprint(self.blueprint, job.template)
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)

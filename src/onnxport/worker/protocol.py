@@ -98,6 +98,7 @@ class SentJob:
         blueprint: A pickled blueprint that was made in the trainer, or ``None``.
         skip: Names of rungs that are not tried.
         only_try: Make no file that lasts: the module is tried before there is a checkpoint.
+        template: Where to keep what later models need besides their weights.
     """
 
     number: int
@@ -113,6 +114,7 @@ class SentJob:
     blueprint: bytes | None = None
     skip: frozenset[str] = frozenset()
     only_try: bool = False
+    template: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

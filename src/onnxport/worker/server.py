@@ -172,6 +172,7 @@ class _Server:
                 fingerprint=job.fingerprint,
                 skip=job.skip,
                 publish=not job.only_try,
+                template=job.template,
             )
         )
         gone = job.weights.path is not None and not job.weights.path.exists()
