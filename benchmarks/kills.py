@@ -3,8 +3,9 @@
     python benchmarks/kills.py [--tries 100] [--only trainer|worker]
 
 After each kill of the trainer: no process of it may be left, and every file that has a model's name
-must be a whole model with the weights of its checkpoint. Every tenth time training is started again
-in the same folder: then each checkpoint must have its model, and nothing else may lie about. The
+must be a whole model with the weights of its checkpoint; so must those that are then made without
+the module (``onnxport.resume``). Every tenth time training is started again in the same folder:
+then each checkpoint must have its model, and nothing else may lie about. The
 worker is killed again and again during one long training, which must not notice.
 """
 
@@ -28,7 +29,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lockstep_report import about
 from torch import nn
 
-from onnxport import Background, OnnxExport, weights_sha256
+from onnxport import Background, OnnxExport, resume, weights_sha256
 from onnxport.exporter.ownership import read_metadata
 from onnxport.worker.client import worker_for
 
@@ -160,7 +161,7 @@ def kill_trainers(tries: int) -> dict[str, object]:
     """Start trainings and kill each at a random moment."""
     chance = random.Random(1)  # noqa: S311
     problems: list[str] = []
-    orphans = models = 0
+    orphans = models = resumed = owed = 0
     with tempfile.TemporaryDirectory() as root:
         for number in range(tries):
             folder = Path(root) / f"{number // ROUND}"
@@ -176,11 +177,22 @@ def kill_trainers(tries: int) -> dict[str, object]:
             orphans += sum(Path(f"/proc/{pid}").exists() for pid in workers)
             models += len(list(folder.glob("*.onnx")))
             problems += [f"try {number}: {text}" for text in faults(folder, finished=False)]
+            if folder.is_dir():
+                reports = resume(folder)
+                owed, resumed = owed + len(reports), resumed + sum(each.ok for each in reports)
+                problems += [f"resumed {number}: {t}" for t in faults(folder, finished=False)]
             if number % ROUND == ROUND - 1:
                 train(folder, 2, export=OnnxExport(mlflow=False, background=OPTIONS))
                 problems += [f"after {number}: {text}" for text in faults(folder, finished=True)]
             print(f"trainer {number + 1}/{tries}: {len(problems)} problems", flush=True)
-    return {"killed": tries, "orphans": orphans, "models seen": models, "problems": problems}
+    return {
+        "killed": tries,
+        "orphans": orphans,
+        "models seen": models,
+        "owed after a kill": owed,
+        "of these made without the module": resumed,
+        "problems": problems,
+    }
 
 
 def kill_workers(tries: int) -> dict[str, object]:

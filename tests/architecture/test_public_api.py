@@ -33,6 +33,7 @@ PUBLIC = [
     "WorkerError",
     "__version__",
     "export",
+    "resume",
     "verify",
     "weights_sha256",
 ]
