@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path  # noqa: TC003 - typer reads annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,5 +70,6 @@ def main() -> None:
     try:
         app = _app()
     except OnnxportError as error:
-        raise SystemExit(str(error)) from error
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from error
     app()

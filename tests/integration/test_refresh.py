@@ -337,14 +337,26 @@ class NeedsTwo(nn.Module):
         return self.net(x)
 
 
+class Mixed(nn.Module):
+    """Attention between the rows of a batch: one row alone says nothing of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.query(x) @ self.key(x).T).softmax(-1) @ self.value(x)
+
+
 @pytest.mark.parametrize(
     ("limit", "module", "rows", "sizes"),
     [
         (10**9, nn.Linear(6, 3), 2, [1, 2, 5]),
         (0, nn.Linear(6, 3), 1, [1]),
         (0, NeedsTwo(), 2, [2]),
+        (0, Mixed(), 2, [2]),
     ],
-    ids=["small", "large", "large, no batch of one"],
+    ids=["small", "large", "large, no batch of one", "large, rows interact"],
 )
 def test_one_row_of_a_large_model_passes_all_weights(
     limit: int,

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import create_autospec
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import torch
 
 from onnxport.errors import VerificationError
 from onnxport.validation import session
@@ -50,6 +52,17 @@ def test_auto_takes_cuda_up_where_it_really_runs(monkeypatch: pytest.MonkeyPatch
     (call,) = fake.InferenceSession.call_args_list
     assert call.kwargs["providers"] == [(CUDA, {"use_tf32": "0"}), CPU]
     fake.InferenceSession.return_value.run_with_ort_values.assert_called_once()
+
+
+def test_an_output_that_is_an_input_is_the_callers_own() -> None:
+    info = onnx.helper.make_tensor_value_info("x", 1, [None, 3])
+    graph = onnx.helper.make_graph([], "through", [info], [info])
+    model = onnx.helper.make_model(graph, ir_version=10)
+    x = torch.arange(6.0).reshape(3, 2).T  # not contiguous: what is fed is a copy
+    (result,) = Session(model.SerializeToString()).run(["x"], [x])
+    filler = [torch.full((2, 3), -1.0) for _ in range(100)]
+    assert torch.equal(result, x)
+    assert filler
 
 
 def test_auto_asks_each_provider_once(monkeypatch: pytest.MonkeyPatch) -> None:

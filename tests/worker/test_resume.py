@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import zoo
@@ -22,9 +24,11 @@ from torch import nn
 
 import onnxport
 from onnxport import Background, ConfigurationError, OnnxExport, Tolerance, Verify
-from onnxport.callbacks import owed as owed_module
-from onnxport.callbacks.owed import owed, template_path
+from onnxport.callbacks.owed import note, owed
+from onnxport.callbacks.session import ExportSession, Saved
+from onnxport.config import ExportOptions
 from onnxport.exporter.ownership import read_metadata
+from onnxport.report import Provenance
 from onnxport.worker.client import worker_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.worker]
@@ -71,20 +75,18 @@ KILLED = """
 
         def on_train_epoch_start(self, trainer, module):
             if trainer.current_epoch == 1:
-                while not list(Path("c").glob("*.onnx.json")):
+                while not export.reports:
                     time.sleep(0.05)
                 os.kill(worker_for(OPTIONS, 0).pid, signal.SIGSTOP)
             if trainer.current_epoch == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     data = [{"series": torch.randn(5, 6)} for _ in range(12)]
+    export = OnnxExport(background=OPTIONS, core=sys.argv[1])
     trainer = pl.Trainer(
         max_epochs=9, logger=False, default_root_dir=".", enable_progress_bar=False,
         accelerator="cpu", enable_model_summary=False,
-        callbacks=[
-            ModelCheckpoint("c", save_top_k=-1), OnnxExport(background=OPTIONS, core=sys.argv[1]),
-            Kill(),
-        ],
+        callbacks=[ModelCheckpoint("c", save_top_k=-1), export, Kill()],
     )
     trainer.fit(Mine(), torch.utils.data.DataLoader(data, 4))
 """
@@ -141,37 +143,63 @@ def test_a_killed_run_is_finished_without_its_script(core: str, tmp_path: Path) 
 NO_WAIT = Background(drain_s=0)
 
 
-class Stop(Callback):
-    """Stops the worker when the first model is there."""
+class Clamped(nn.Module):
+    """Has a limit that is no weight."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(64, 3)
+        self.limit = 1e3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.flatten(1)).clamp(-self.limit, self.limit)
+
+
+class Stop(Callback):
+    """Stops the worker when the first model is there, and may change the module then."""
+
+    def __init__(self, export: OnnxExport, limit: float | None = None) -> None:
+        self.export = export
+        self.limit = limit
         self.pid = 0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 1:
-            while not list(self.folder.glob("*.onnx.json")):
+            while not self.export.reports:
                 time.sleep(0.05)
             self.pid = worker_for(NO_WAIT, 0).pid or 0
             assert self.pid > 0
             os.kill(self.pid, signal.SIGSTOP)
+            pl_module.net.limit = self.limit or pl_module.net.limit
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         with suppress(ProcessLookupError):  # the next test must not get a process that sleeps
             os.kill(self.pid, signal.SIGKILL)
 
 
-@pytest.fixture
-def owing(tmp_path: Path) -> Path:
-    """The folder of a run that did not wait for the last of its two models."""
-    module = zoo.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+def run_that_does_not_wait(
+    tmp_path: Path, *, limit: float | None = None, filename: str | None = None, **options: Any
+) -> Path:
+    """Train for two epochs and leave the last model to be made."""
     folder = tmp_path / "checkpoints"
     verify = Verify(tolerance=Tolerance(rtol=0.25, atol=0.5))
-    export = OnnxExport(core="trace", background=NO_WAIT, verify=verify)
-    checkpoints = zoo.checkpoints(tmp_path, save_top_k=-1)
-    trainer = zoo.trainer(tmp_path, checkpoints, export, Stop(folder), epochs=2)
-    trainer.fit(module, zoo.loader())
+    export = OnnxExport(background=NO_WAIT, verify=verify, **{"core": "trace"} | options)
+    checkpoints = zoo.checkpoints(tmp_path, save_top_k=-1, filename=filename)
+    trainer = zoo.trainer(tmp_path, checkpoints, export, Stop(export, limit), epochs=2)
+    trainer.fit(zoo.Classifier(Clamped()), zoo.loader())
     assert [report.ok for report in export.reports] == [True, False]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_that_does_not_wait(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def owing(run_once: Path, tmp_path: Path) -> Path:
+    """The folder of a run that did not wait for the last of its two models."""
+    folder = shutil.copytree(run_once, tmp_path / "checkpoints")
     assert len(list(owed([folder]))) == 1
     return folder
 
@@ -193,7 +221,7 @@ def test_a_resumed_model_is_proven_as_the_run_asked_for(owing: Path) -> None:
 def test_other_weights_than_those_that_the_module_had_are_no_model(owing: Path) -> None:
     checkpoint = checkpoint_of(owing)
     content = torch.load(checkpoint, weights_only=False)
-    content["state_dict"]["net.1.bias"] += 3.0
+    content["state_dict"]["net.net.bias"] += 3.0
     torch.save(content, checkpoint)
     (report,) = onnxport.resume(owing)
     assert not report.ok
@@ -209,7 +237,7 @@ def test_other_weights_than_those_that_the_module_had_are_no_model(owing: Path) 
 def test_a_module_of_another_shape_is_no_model(owing: Path) -> None:
     checkpoint = checkpoint_of(owing)
     content = torch.load(checkpoint, weights_only=False)
-    content["state_dict"]["net.1.bias"] = torch.zeros(4)
+    content["state_dict"]["net.net.bias"] = torch.zeros(4)
     torch.save(content, checkpoint)
     (report,) = onnxport.resume(owing)
     assert "of another shape" in str(report.error)
@@ -223,11 +251,29 @@ class Evil:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("damage", ["gone", "half", "evil", "another version"])
+def external(name: str) -> bytes:
+    """Return a graph with a tensor whose bytes are in another file."""
+    tensor = onnx.TensorProto(name="t", dims=[1], data_type=1, data_location=1)
+    tensor.external_data.add(key="location", value="../secret")
+    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+    graph = onnx.helper.make_graph([node], "g", [], [])
+    model = onnx.helper.make_model(graph)
+    return bytes((graph if name == "graph" else model).SerializeToString())
+
+
+def as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "damage", ["gone", "half", "evil", "another version", "outer graph", "outer piece"]
+)
 def test_without_a_good_template_nothing_is_made_and_nothing_is_run(
     damage: str, owing: Path, tmp_path: Path
 ) -> None:
-    template = template_path(owing / "x.onnx", "")
+    (debt,) = owed([owing])
+    template = debt.template
+    assert template is not None
     content = torch.load(template, weights_only=True)
     if damage == "gone":
         template.unlink()
@@ -235,6 +281,12 @@ def test_without_a_good_template_nothing_is_made_and_nothing_is_run(
         template.write_bytes(template.read_bytes()[:1000])
     elif damage == "evil":
         torch.save(content | {"noise": Evil(tmp_path / "evil")}, template)
+    elif damage == "outer graph":
+        torch.save(content | {"graph": as_tensor(external("graph"))}, template)
+    elif damage == "outer piece":
+        piece = {"model": as_tensor(external("model"))}
+        piece |= {"sources": [], "elem_types": [], "outputs": []}
+        torch.save(content | {"pieces": [piece]}, template)
     else:
         torch.save(content | {"format": 99}, template)
     (report,) = onnxport.resume(owing)
@@ -247,18 +299,15 @@ def test_without_a_good_template_nothing_is_made_and_nothing_is_run(
 def test_an_evil_note_is_not_run(owing: Path, tmp_path: Path) -> None:
     (marker,) = owing.glob(".*.pending")
     marker.write_bytes(pickle.dumps({"name": Evil(tmp_path / "evil")}))
-    assert onnxport.resume(owing) == []
+    assert [report.ok for report in onnxport.resume(owing)] == [False]
     torch.save({"name": Evil(tmp_path / "evil")}, marker)
-    assert onnxport.resume(owing) == []
+    assert [report.ok for report in onnxport.resume(owing)] == [False]
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_note_without_a_run_of_the_module_is_for_the_next_fit(
-    owing: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_note_without_a_run_of_the_module_is_for_the_next_fit(owing: Path) -> None:
     (debt,) = owed([owing])
-    monkeypatch.setattr(owed_module, "MAX_REFERENCE_BYTES", 10)
-    owed_module.note(debt.model, "", debt.origin, debt.reference)
+    note(debt.model, "", debt.origin)
     (report,) = onnxport.resume(owing)
     assert "Nothing says what the module computes" in str(report.error)
 
@@ -276,6 +325,84 @@ def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "pip install 'onnxport[cli]'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_module_that_changed_in_what_is_no_weight_is_for_the_next_fit(tmp_path: Path) -> None:
+    folder = run_that_does_not_wait(tmp_path, limit=1e2)
+    (report,) = onnxport.resume(folder)
+    assert "changed in what is no weight" in str(report.error)
+    assert "limit" in str(report.error)
+
+
+def softmax(module: Any) -> nn.Module:
+    return nn.Sequential(module, nn.Softmax(-1))
+
+
+def test_a_note_belongs_to_the_graph_of_its_own_run(tmp_path: Path) -> None:
+    folder = run_that_does_not_wait(tmp_path / "a", filename="plain-{epoch}")
+    other = run_that_does_not_wait(tmp_path / "b", filename="wrapped-{epoch}", target=softmax)
+    for file in other.iterdir():
+        shutil.move(file, folder)
+    reports = {Path(str(r.checkpoint)).stem: r for r in onnxport.resume(folder)}
+    assert {name: report.ok for name, report in reports.items()} == {
+        "plain-epoch=1": True,
+        "wrapped-epoch=1": False,
+    }
+    assert not (folder / "wrapped-epoch=1.onnx").exists()
+
+
+def test_notes_that_make_no_sense_hide_no_good_one(owing: Path) -> None:
+    (debt,) = owed([owing])
+    good = torch.load(next(owing.glob(".*.pending")), weights_only=True)
+    origin = json.loads(good["origin"])
+    wrong = {
+        "number": {"origin": json.dumps(origin | {"checkpoint": 5})},
+        "long": {"origin": json.dumps(origin | {"checkpoint": "x" * 5000})},
+        "way": {"template": "../x.onnxport-template"},
+        "tolerance": {"options": json.dumps({"tolerance": {"x": 1}})},
+        "outputs": {"reference": good["reference"] | {"outputs": [1]}},
+        "nothing": {"origin": "[]"},
+    }
+    for name, part in wrong.items():
+        torch.save(good | part, owing / f".a-{name}.onnx.pending")
+    reports = onnxport.resume(owing)
+    assert [report.ok for report in reports].count(True) == 1
+    assert len(reports) == len(wrong) + 1
+    assert debt.model.exists()
+    assert len(names(owing, ".*.pending")) == len(wrong)
+
+
+def test_a_checkpoint_that_cannot_be_found_is_said_and_stays_owed(tmp_path: Path) -> None:
+    checkpoints = run_that_does_not_wait(tmp_path, dirpath=str(tmp_path / "models"))
+    shutil.move(checkpoints, tmp_path / "elsewhere")
+    (report,) = onnxport.resume(tmp_path / "models")
+    assert "is not there" in str(report.error)
+    shutil.move(tmp_path / "elsewhere", checkpoints)
+    assert [report.ok for report in onnxport.resume(tmp_path / "models")] == [True]
+
+
+class Patient:
+    """A runner that finishes its jobs when it is told to."""
+
+    def __init__(self) -> None:
+        self.finish: list[Any] = []
+
+    def run(self, job: Any, live: Any, file: Any, finished: Any) -> None:
+        self.finish.append(finished)
+
+
+def test_an_older_order_does_not_settle_what_is_owed_anew(tmp_path: Path) -> None:
+    runner = Patient()
+    options = ExportOptions.of(core="auto", inputs=None, opset=None, precision=None, verify=True)
+    module = nn.Linear(2, 2)
+    session = ExportSession(module, options, runner=runner)  # type: ignore[arg-type]
+    (tmp_path / "last.ckpt").touch()
+    origin = Provenance(checkpoint=str(tmp_path / "last.ckpt"))
+    for _ in range(2):
+        session.saved(Saved(state=module.state_dict(), path=tmp_path / "last.onnx", origin=origin))
+    for finished, left in zip(runner.finish, (1, 0), strict=True):
+        finished(None, None)
+        assert len(list(owed([tmp_path]))) == left

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,17 @@ from onnxport.pipeline.blueprint_file import read_plain, reference_from, referen
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from onnxport.config import ExportOptions
-    from onnxport.pipeline import LiveReference
+    from onnxport.pipeline import ExportJob, LiveReference
 
-__all__ = ["Owed", "note", "owed", "settle", "sweep", "template_path"]
+__all__ = ["Owed", "is_owed", "note", "owed", "settle", "sweep", "template_path"]
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".pending"
+_TEMPLATE = ".onnxport-template"
 MAX_REFERENCE_BYTES = 16 * 2**20
 """What the live module gave is not written down if it is larger: training waits meanwhile."""
 
@@ -41,56 +43,62 @@ class Owed:
         model: Where it will lie.
         name: Of the target, as it is part of the model's name.
         origin: Where the weights come from.
+        template: The template that belongs to it, or ``None``.
         reference: What the live module gave, or ``None``.
+        fingerprint: What of the live module was no weight, or ``None``.
         options: How it is proven, as plain values.
     """
 
     model: Path
     name: str
     origin: Provenance
+    template: Path | None = None
     reference: LiveReference | None = None
+    fingerprint: dict[str, str] | None = None
     options: dict[str, Any] | None = None
 
     @property
     def checkpoint(self) -> Path:
-        """The file with the weights, also where its folder was moved with everything in it."""
-        recorded = Path(self.origin.checkpoint or "")
-        moved = self.model.with_name(recorded.name)
-        return moved if moved.is_file() and not recorded.is_file() else recorded
+        """The file with the weights: beside the model, where the folder may have been moved to."""
+        recorded = Path(str(self.origin.checkpoint))
+        beside = self.model.with_name(recorded.name or "?")
+        return beside if beside.is_file() else recorded
 
 
-def note(
-    model: Path,
-    name: str,
-    origin: Provenance,
-    reference: LiveReference | None = None,
-    options: ExportOptions | None = None,
-) -> None:
+def note(model: Path, name: str, origin: Provenance, job: ExportJob | None = None) -> None:
     """Note that a checkpoint's model is on its way; a disk that refuses is no reason to stop.
 
     Args:
         model: Where the model will lie.
         name: Of the target, as it is part of the model's name.
         origin: Where the weights come from; without a checkpoint there is nothing to note.
-        reference: What the live module gave.
-        options: How the model is to be proven.
+        job: How it will be made, if that is known already.
     """
     if origin.checkpoint is None:
         return
     marker = _marker(model)
     begun = marker.with_name(f"{marker.name}.tmp")
     try:
-        content = {
-            "name": name,
-            "origin": json.dumps(asdict(origin)),
-            "options": None if options is None else json.dumps(_proof_of(options)),
-            "reference": reference_of(reference, MAX_REFERENCE_BYTES),
-        }
+        content: dict[str, Any] = {"name": name, "origin": json.dumps(asdict(origin))}
+        if job is not None and job.template is not None and isinstance(job.target, str):
+            content |= {
+                "template": job.template.name,
+                "reference": reference_of(job.reference, MAX_REFERENCE_BYTES),
+                "fingerprint": json.dumps(job.fingerprint),
+                "options": json.dumps(_proof_of(job.options)),
+            }
         model.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, begun)
         begun.replace(marker)
     except Exception:  # a full disk, metrics that are no numbers
         logger.debug("%s is not noted as owed.", model, exc_info=True)
+        with suppress(OSError):
+            begun.unlink(missing_ok=True)
+
+
+def is_owed(model: Path) -> bool:
+    """Tell whether a model is noted as owed."""
+    return _marker(model).exists()
 
 
 def settle(model: Path) -> None:
@@ -101,37 +109,56 @@ def settle(model: Path) -> None:
         logger.debug("The marker of %s stays.", model, exc_info=True)
 
 
-def owed(folders: Iterable[Path], name: str | None = None) -> Iterator[Owed]:
+def owed(
+    folders: Iterable[Path],
+    name: str | None = None,
+    unclear: Callable[[Path, str], None] = lambda _, __: None,
+) -> Iterator[Owed]:
     """Yield the models that are owed for checkpoints that are still there.
 
     Args:
         folders: Where to look, and below.
         name: Of the target; ``None``: of any.
+        unclear: Called with a model and the reason why it is not known what it should be.
     """
     for folder in dict.fromkeys(folders):
         for marker in sorted(folder.rglob(f".*{_SUFFIX}")) if folder.is_dir() else ():
-            found = _read(marker)
-            if found is None or name not in {None, found.name}:
+            try:
+                found = _read(marker)
+                there, gone = found.checkpoint.is_file(), found.checkpoint.parent.is_dir()
+            except Exception as error:
+                logger.debug("%s says nothing.", marker, exc_info=True)  # damaged, or of others
+                unclear(_model(marker), f"{marker} cannot be read: {type(error).__name__}: {error}")
                 continue
-            if found.checkpoint.is_file():
+            if name not in {None, found.name}:
+                continue
+            if there:
                 yield found
-            else:
+            elif gone:
                 settle(found.model)
+            else:
+                unclear(found.model, f"Its checkpoint {found.checkpoint} is not there.")
 
 
-def template_path(model: Path, name: str) -> Path:
-    """Return where the template of a run's models is kept while some of them are owed."""
-    return model.with_name(f".onnxport{name}.template")
+def template_path(model: Path, run: str) -> Path:
+    """Return where the template of a run's models is kept while some of them are owed.
+
+    Args:
+        model: One of its models.
+        run: Tells the run, and the target, from all others.
+    """
+    return model.with_name(f".{run}{_TEMPLATE}")
 
 
-def sweep(templates: Iterable[Path]) -> None:
-    """Remove the templates of folders where nothing is owed any more."""
-    for template in templates:
+def sweep(folders: Iterable[Path]) -> None:
+    """Remove the templates in folders where nothing is owed any more."""
+    for folder in dict.fromkeys(folders):
         try:
-            if not any(template.parent.glob(f".*{_SUFFIX}")):
-                template.unlink(missing_ok=True)
+            if not any(folder.glob(f".*{_SUFFIX}")):
+                for template in folder.glob(f".*{_TEMPLATE}"):
+                    template.unlink(missing_ok=True)
         except OSError:
-            logger.debug("%s stays.", template, exc_info=True)
+            logger.debug("The templates in %s stay.", folder, exc_info=True)
 
 
 def _marker(model: Path) -> Path:
@@ -144,18 +171,32 @@ def _proof_of(options: ExportOptions) -> dict[str, Any]:
     return {"tolerance": asdict(verify.tolerance), "providers": providers}
 
 
-def _read(marker: Path) -> Owed | None:
-    """Read a marker; one that was half-written says nothing."""
-    try:
-        content = read_plain(marker)
-        reference = content["reference"]
-        return Owed(
-            model=marker.with_name(marker.name[1 : -len(_SUFFIX)]),
-            name=str(content["name"]),
-            origin=Provenance(**json.loads(content["origin"])),
-            reference=None if reference is None else reference_from(reference),
-            options=None if content["options"] is None else json.loads(content["options"]),
-        )
-    except Exception:  # a damaged file raises anything
-        logger.debug("%s says nothing.", marker, exc_info=True)
-        return None
+def _model(marker: Path) -> Path:
+    return marker.with_name(marker.name[1 : -len(_SUFFIX)])
+
+
+def _read(marker: Path) -> Owed:
+    """Read a marker.
+
+    Raises:
+        ValueError: If it is none of ours.
+        Exception: Whatever else is wrong with it.
+    """
+    content = read_plain(marker)
+    origin = Provenance(**json.loads(content["origin"]))
+    if not isinstance(origin.checkpoint, str) or not isinstance(content["name"], str):
+        raise ValueError("it names no checkpoint")  # noqa: TRY004 - of what a file holds
+    found = Owed(model=_model(marker), name=content["name"], origin=origin)
+    template = content.get("template")
+    if template is None:
+        return found
+    if Path(template).name != template or not template.endswith(_TEMPLATE):
+        raise ValueError(f"{template!r} is no template")
+    reference = content["reference"]
+    return replace(
+        found,
+        template=marker.with_name(template),
+        reference=None if reference is None else reference_from(reference),
+        fingerprint=json.loads(content["fingerprint"]),
+        options=json.loads(content["options"]),
+    )

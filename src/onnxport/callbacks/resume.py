@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxport.callbacks.owed import owed, settle, sweep, template_path
+from onnxport.callbacks.owed import owed, settle, sweep
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.writer import remove_model
 from onnxport.pipeline import ExportJob, ModuleMissingError, Pipeline
 from onnxport.pipeline.blueprint_file import load_blueprint
-from onnxport.report import ExportReport
+from onnxport.report import ExportReport, Provenance
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
@@ -65,17 +66,24 @@ def resume(
         raise ConfigurationError(f"There is no folder {root}. Give the folder of checkpoints.")
     require_runtime()
     reports: list[ExportReport] = []
-    templates: dict[Path, Pipeline | OnnxportError] = {}
-    for debt in owed([root]):
-        template = template_path(debt.model, debt.name)
-        if template not in templates:
-            templates[template] = _pipeline(template)
-        report = _pay(debt, templates[template])
-        if report.ok:
-            settle(debt.model)
+    pipelines: dict[Path, Pipeline | OnnxportError] = {}
+
+    def made(report: ExportReport) -> None:
         reports.append(report)
         tell(report)
-    sweep(templates)
+
+    def unclear(model: Path, why: str) -> None:
+        made(ExportReport.of_failure(f"{why} {_NEXT_FIT}", Provenance(checkpoint=str(model))))
+
+    for debt in owed([root], unclear=unclear):
+        report = _pay(debt, pipelines)
+        if report.ok and debt.checkpoint.is_file():
+            settle(debt.model)
+        elif report.ok:  # removed meanwhile, by a run that still goes on
+            remove_model(debt.model)
+            continue
+        made(report)
+    sweep({path.parent for path in root.rglob(".*.onnxport-template")})
     return reports
 
 
@@ -98,11 +106,61 @@ class _File:
         raise ModuleMissingError("the module is needed")
 
 
+def _pay(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportReport:
+    """Make one model; whatever is wrong is said in the report."""
+    try:
+        return _make(debt, pipelines)
+    except ModuleMissingError as error:
+        why = " ".join(filter(None, getattr(error, "__notes__", ()))) or "The module is needed."
+    except OnnxportError as error:
+        why = str(error)
+    except Exception as error:  # values in a damaged note may be of any kind
+        logger.debug("%s could not be made.", debt.model, exc_info=True)
+        why = f"The note of {debt.model} is damaged: {type(error).__name__}: {error}."
+    return ExportReport.of_failure(f"{why} {_NEXT_FIT}", debt.origin)
+
+
+def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportReport:
+    """Fill in the weights and prove.
+
+    Raises:
+        ExportError: If there is too little to prove it with.
+        ModuleMissingError: If the graph is not right for these weights.
+    """
+    if debt.template is None or debt.reference is None:
+        raise ExportError(f"Nothing says what the module computes with {debt.checkpoint}.")
+    if debt.template not in pipelines:
+        pipelines[debt.template] = _pipeline(debt.template)
+    pipeline = pipelines[debt.template]
+    if isinstance(pipeline, OnnxportError):
+        raise pipeline
+    job = ExportJob(
+        source=_File(debt.checkpoint),
+        examples=(),
+        path=debt.model,
+        options=_options(debt),
+        target=debt.reference.target,
+        provenance=replace(debt.origin, checkpoint=str(debt.checkpoint)),
+        reference=debt.reference,
+        fingerprint=debt.fingerprint,
+    )
+    known = pipeline.blueprint
+    if known is None or known.fingerprint is None or debt.fingerprint is None:
+        raise ExportError("It is not known whether the module has changed.")
+    # What is noted of the live module is compared, too; without the module there is no more proof.
+    if changed := known.changed(job, often=1):
+        raise ExportError(f"The module has changed in what is no weight: {min(changed)}.")
+    try:
+        return pipeline.run(job)
+    finally:
+        pipeline.blueprint = known  # what does not fit one checkpoint may fit the next
+
+
 def _pipeline(template: Path) -> Pipeline | OnnxportError:
     if not template.is_file():
         return ExportError(
-            f"There is no template at {template}: training ended before the first export was "
-            f"proven, or the model needs more than its weights. {_NEXT_FIT}"
+            f"There is no template {template}: training ended before the first export was proven, "
+            "or a model needs more than weights (a wrapper, another precision, a GPU)."
         )
     try:
         pipeline = Pipeline()
@@ -110,32 +168,6 @@ def _pipeline(template: Path) -> Pipeline | OnnxportError:
     except OnnxportError as error:
         return error
     return pipeline
-
-
-def _pay(debt: Owed, pipeline: Pipeline | OnnxportError) -> ExportReport:
-    if isinstance(pipeline, OnnxportError):
-        return ExportReport.of_failure(str(pipeline), debt.origin)
-    if debt.reference is None:
-        text = f"Nothing says what the module computes with {debt.checkpoint}. {_NEXT_FIT}"
-        return ExportReport.of_failure(text, debt.origin)
-    known = pipeline.blueprint
-    try:
-        return pipeline.run(
-            ExportJob(
-                source=_File(debt.checkpoint),
-                examples=(),
-                path=debt.model,
-                options=_options(debt),
-                target=debt.reference.target,
-                provenance=replace(debt.origin, checkpoint=str(debt.checkpoint)),
-                reference=debt.reference,
-            )
-        )
-    except ModuleMissingError as error:
-        why = " ".join(filter(None, getattr(error, "__notes__", ()))) or "The module is needed."
-        return ExportReport.of_failure(f"{why} {_NEXT_FIT}", debt.origin)
-    finally:
-        pipeline.blueprint = known  # what does not fit one checkpoint may fit the next
 
 
 def _options(debt: Owed) -> ExportOptions:

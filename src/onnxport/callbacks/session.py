@@ -8,6 +8,7 @@ of its methods raises: failures are reported, and handed out by :meth:`ExportSes
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
-from onnxport.callbacks.owed import note, owed, settle, sweep, template_path
+from onnxport.callbacks.owed import is_owed, note, owed, settle, sweep, template_path
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner
@@ -117,7 +118,9 @@ class ExportSession:
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
         self._recovered = False
-        self._templates: set[Path] = set()
+        self._id = secrets.token_hex(4)
+        self._folders: set[Path] = set()
+        self._latest: dict[Path, int] = {}
         self._given_up: set[Path] = set()
         self._small: Example | None = None
         self._preflight_begun = False
@@ -178,7 +181,8 @@ class ExportSession:
 
         def finished(report: ExportReport | None, example: Example | None) -> None:
             self._small = example or self._small
-            settle(path)
+            if self._latest.get(path) == place:  # else the file was saved again, and is owed anew
+                settle(path)
             if report is None:
                 logger.debug("%s is gone; it gets no model.", path)
                 return
@@ -192,7 +196,9 @@ class ExportSession:
                 report = self._track(report, origin, last=False)
             self._kept.keep(report, seconds, place)
 
-        note(path, self._name, origin)
+        self._latest[path] = place
+        if alive:  # what another run has noted says more
+            note(path, self._name, origin)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
 
@@ -243,7 +249,7 @@ class ExportSession:
         self._recovered = True
         for debt in list(owed(folders, self._name)):
             path, origin, file = debt.model, debt.origin, debt.checkpoint
-            self._templates.add(template_path(path, self._name))
+            self._folders.add(path.parent)
             try:
                 state = read_state_dict(file)
             except (OnnxportError, OSError) as error:
@@ -260,8 +266,12 @@ class ExportSession:
         try:
             with self._unobserved(), unobserved():
                 job, live = self._job(saved, alive=alive)
-                if publish and job.reference is not None:
-                    note(saved.path, self._name, saved.origin, job.reference, job.options)
+                if publish:
+                    self._folders.add(saved.path.parent)
+                    template = template_path(saved.path, self._id)
+                    job = replace(job, template=template)
+                    if job.reference is not None:
+                        note(saved.path, self._name, saved.origin, job)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
             logger.debug("The export could not start", exc_info=True)
@@ -303,13 +313,19 @@ class ExportSession:
             tell: Called now and then with what is being done for each of them.
         """
         self._observer.stop()
-        for path in set(self._runner.wait(limit_s, tell)) - self._given_up:
+        for path in dict.fromkeys(self._runner.wait(limit_s, tell)):
+            if path in self._given_up:
+                continue
             self._given_up.add(path)
             text = (
                 f"{path} was not finished within the {limit_s:.0f} s that the end of training "
-                f"waits (Background(drain_s=)). `onnxport resume {path.parent}` or the next fit "
-                "with this checkpoint folder makes it."
+                "waits (Background(drain_s=))."
             )
+            if is_owed(path):
+                text += (
+                    f" `onnxport resume {path.parent}` or the next fit with this checkpoint folder "
+                    "makes it."
+                )
             logger.warning(text)
             self._kept.keep(
                 ExportReport(ok=False, error=text), {"total": limit_s}, self._kept.next_place()
@@ -329,7 +345,7 @@ class ExportSession:
         """
         self._observer.stop()
         self._runner.close()
-        sweep(self._templates)
+        sweep(self._folders)
         if self._tracker is None:
             return
         self._tracker.resume()
@@ -371,14 +387,8 @@ class ExportSession:
             provenance=saved.origin,
             reference=reference,
             fingerprint=fingerprint(self._module),
-            template=self._template(saved.path),
         )
         return job, live
-
-    def _template(self, model: Path) -> Path:
-        path = template_path(model, self._name)
-        self._templates.add(path)
-        return path
 
     def _given(self) -> tuple[Example, ...]:
         given = self._options.inputs.example

@@ -57,6 +57,7 @@ class Blueprint:
         example: A call of few rows, for the live module; ``None`` where the target gets more than
             the model does.
         metadata: What the file says of itself, but for the checkpoint.
+        changes: How often an attribute has changed and made no difference.
     """
 
     template: Template
@@ -70,8 +71,8 @@ class Blueprint:
     fingerprint: Mapping[str, str] | None
     example: Example | None
     metadata: Mapping[str, object]
+    changes: Counter[str] = field(default_factory=Counter)
     _seen: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
-    _changes: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_large(self) -> bool:
@@ -85,7 +86,9 @@ class Blueprint:
             {size for name, size in check.sizes.items() if name in self.plan.axes.batches}
             for check in self.report.checks
         )
-        return 1 if self.is_large and {1} in ones else REFERENCE_ROWS
+        # Where rows interact, some weights have nothing to say about a single one.
+        alone = self.is_large and self.plan.axes.independent and {1} in ones
+        return 1 if alone else REFERENCE_ROWS
 
     @classmethod
     def of(
@@ -154,16 +157,21 @@ class Blueprint:
             for dim, size in zip(spec.shape, sizes, strict=True)
         )
 
-    def changed(self, job: ExportJob) -> frozenset[str]:
-        """Return which attributes are other than they were, but those that make no difference."""
+    def changed(self, job: ExportJob, *, often: int = INDIFFERENT) -> frozenset[str]:
+        """Return which attributes are other than they were, but those that make no difference.
+
+        Args:
+            job: The checkpoint.
+            often: How often an attribute must have changed without a difference.
+        """
         if self.fingerprint is None or job.fingerprint is None:
             return frozenset()
         changed = changed_paths(self.fingerprint, job.fingerprint)
-        return frozenset(path for path in changed if self._changes[path] < INDIFFERENT)
+        return frozenset(path for path in changed if self.changes[path] < often)
 
     def accept(self, job: ExportJob) -> None:
         """Note that a full proof found no difference between the model and the changed module."""
-        self._changes.update(self.changed(job))
+        self.changes.update(self.changed(job))
         self.fingerprint = job.fingerprint
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ from onnxport.signature import ModelSignature
 from onnxport.tree import Example, flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["load_blueprint", "read_plain", "reference_from", "reference_of", "save_blueprint"]
@@ -38,22 +40,23 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-def save_blueprint(blueprint: Blueprint, path: Path) -> bool:
+def save_blueprint(blueprint: Blueprint | None, path: Path) -> bool:
     """Write a blueprint, if a model can be proven with it and without the module.
 
     That takes a run of the live module that says all, see :class:`LiveReference`. A disk that
     refuses is no reason to stop.
 
     Args:
-        blueprint: The blueprint.
-        path: Where to write.
+        blueprint: The blueprint, or ``None``.
+        path: Where to write; what is there goes in any case.
 
     Returns:
         Whether it was written.
     """
-    if blueprint.example is None or blueprint.plan.dtype is not None:
-        return False
     try:
+        if blueprint is None or blueprint.example is None or blueprint.plan.dtype is not None:
+            path.unlink(missing_ok=True)
+            return False
         with staging(path) as staged:
             torch.save(_plain(blueprint), staged)
             staged.replace(path)
@@ -73,8 +76,7 @@ def load_blueprint(path: Path) -> Blueprint:
         return _blueprint(read_plain(path))
     except Exception as error:  # a damaged file raises anything
         raise ExportError(
-            f"The template in {path} cannot be read: {type(error).__name__}: {error}. "
-            "The next fit with this folder makes the models that are missing."
+            f"The template {path} cannot be read: {type(error).__name__}: {error}."
         ) from error
 
 
@@ -111,12 +113,12 @@ def read_plain(path: Path) -> dict[str, Any]:
     Raises:
         Exception: Whatever a damaged file leads to.
     """
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return content
 
 
 def _plain(blueprint: Blueprint) -> dict[str, Any]:
-    template, plan = blueprint.template, blueprint.plan
+    template, plan, known = blueprint.template, blueprint.plan, blueprint.fingerprint
     return {
         "format": _FORMAT,
         "head": _as_tensor(template.head),
@@ -144,6 +146,8 @@ def _plain(blueprint: Blueprint) -> dict[str, Any]:
         "example": _alone(_tensors_of(blueprint.example)),
         "rung": blueprint.rung.key,
         "noise": [float(noise) for noise in blueprint.noise],
+        "fingerprint": json.dumps(None if known is None else dict(known)),
+        "changes": dict(blueprint.changes),
         "schema": {name: list(shape) for name, shape in blueprint.schema.items()},
         "keeps_state": blueprint.keeps_state,
         "report": blueprint.report.to_json(),
@@ -155,6 +159,7 @@ def _blueprint(content: dict[str, Any]) -> Blueprint:
     rung = named_rung("auto", content["rung"])
     if content["format"] != _FORMAT or rung is None:
         raise ExportError("another version of onnxport has written it")
+    _require_self_contained(content)
     report = ExportReport.from_json(content["report"])
     example = Example(tuple(content["example"]), {})
     spec, _ = flatten((example.args, {}))
@@ -199,10 +204,37 @@ def _blueprint(content: dict[str, Any]) -> Blueprint:
         report=report,
         noise=content["noise"],
         schema={name: tuple(shape) for name, shape in content["schema"].items()},
-        fingerprint=None,
+        fingerprint=json.loads(content["fingerprint"]),
         example=example,
         metadata=json.loads(content["metadata"]),
+        changes=Counter(content["changes"]),
     )
+
+
+def _require_self_contained(content: dict[str, Any]) -> None:
+    """Refuse graphs that would read other files.
+
+    Raises:
+        ExportError: If there is one.
+    """
+    graphs = [onnx.GraphProto.FromString(_as_bytes(content["graph"]))]
+    graphs += [
+        onnx.ModelProto.FromString(_as_bytes(each["model"])).graph for each in content["pieces"]
+    ]
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors_in(graphs)):
+        raise ExportError("a graph in it refers to another file")
+
+
+def _tensors_in(graphs: Iterable[onnx.GraphProto]) -> Iterator[onnx.TensorProto]:
+    for graph in graphs:
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for attribute in (each for node in graph.node for each in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            yield from _tensors_in((attribute.g, *attribute.graphs))
 
 
 def _tensors_of(example: Example | None) -> Sequence[torch.Tensor]:

@@ -350,7 +350,7 @@ def _in_float64(flat: FlatModule) -> FlatModule:
     """Copy in float64; the parameters are not copied first, for they may be large."""
     with torch.no_grad():
         wide = {
-            id(weight): torch.nn.Parameter(weight.double(), requires_grad=False)
+            id(weight): torch.nn.Parameter(weight.to(torch.float64, copy=True), requires_grad=False)
             for weight in flat.parameters()
             if type(weight) is torch.nn.Parameter and weight.is_floating_point()
         }

@@ -118,8 +118,7 @@ class Pipeline:
         known = self.blueprint
         if known is None:
             return None, ()
-        if job.template is not None and not job.template.exists():
-            save_blueprint(known, job.template)
+        before = known.fingerprint
         core, start = known.rung.core.name, time.perf_counter()
         attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
         try:
@@ -132,6 +131,10 @@ class Pipeline:
                     lambda digest: dict(known.metadata) | origin_of(job, digest),
                     watch.stage,
                 )
+                if job.template is not None and (
+                    known.fingerprint is not before or not job.template.exists()
+                ):
+                    save_blueprint(known, job.template)
                 _publish(job, staged, watch)
         except (StaleTemplateError, VerificationError) as error:
             self.blueprint = None
@@ -193,7 +196,7 @@ class Pipeline:
                 )
                 with watch.stage("template"):
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
-                    if job.template is not None and self.blueprint is not None:
+                    if job.template is not None:
                         save_blueprint(self.blueprint, job.template)
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings

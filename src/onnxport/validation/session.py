@@ -176,7 +176,10 @@ class Session:
             values = self._session.run_with_ort_values(None, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common public base
             raise VerificationError(f"ONNX Runtime fails: {_short(error)}", checks) from error
-        return [_to_torch(value) for value in values]
+        results = [_to_torch(value) for value in values]
+        # An output that is an input comes back as the same memory, which is not the caller's.
+        fed = {value.data_ptr() for value in feeds.values()}
+        return [result.clone() if result.data_ptr() in fed else result for result in results]
 
     def _ort_value(self, tensor: torch.Tensor) -> Any:
         ort = _runtime()
