@@ -143,6 +143,29 @@ def test_export_to_a_full_disk_raises(small_disk: Path) -> None:
     assert not (small_disk / "model.onnx").exists()
 
 
+class Unwilling(zoo.Classifier):
+    """Gives no weights the first time that it is asked."""
+
+    asked = 0
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("not now")
+        return super().state_dict(*args, **kwargs)
+
+
+def test_an_error_before_the_first_checkpoint_does_not_end_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Unwilling(zoo.cnn())
+    callback = OnnxExport(core="trace", preflight=True)
+    fit(tmp_path, module, callback, epochs=1)
+    assert "onnxport failed at the export before the first checkpoint" in caplog.text
+    assert "not now" in caplog.text
+    assert [report.ok for report in callback.reports] == [True]
+
+
 def test_should_export_that_raises_does_not_end_training(tmp_path: Path) -> None:
     class Broken(OnnxExport):
         def should_export(self, trainer: Any, checkpoint: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from onnxport import Background
+from onnxport.callbacks.runner import _copied
 from onnxport.config import ExportOptions
 from onnxport.report import Provenance
 from onnxport.tree import Example
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, pytest.mark.worker]
 
 
-def order(tmp_path: Path, number: int, results: list[Any]) -> Order:
+def order(tmp_path: Path, number: int, results: list[Any], *, memory: bool = False) -> Order:
     from onnxport.exporter.fingerprint import fingerprint
     from onnxport.exporter.skeleton import make_skeleton, pickle_by_value
 
     module = nn.Linear(3, 2)
-    file = tmp_path / f"{number}.pt"
-    torch.save(dict(module.state_dict()), file)
+    file = None if memory else tmp_path / f"{number}.pt"
+    if file is not None:
+        torch.save(dict(module.state_dict()), file)
 
     def done(result: Done | WorkerError) -> None:
         results.append(result)
@@ -49,6 +51,7 @@ def order(tmp_path: Path, number: int, results: list[Any]) -> Order:
             calls=pickle_by_value(("", (Example((torch.randn(4, 3),)),))),
         ),
         done,
+        _copied(module.state_dict()) if memory else None,
     )
 
 
@@ -87,4 +90,21 @@ def test_a_later_order_for_the_same_file_replaces_one_that_waits(tmp_path: Path)
     assert worker.wait("s", 120.0) == []
     assert {result.number for result in results} == {1}
     assert len(results) <= 2  # the first may have been begun already
+    worker.close()
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["from memory", "from a file"])
+def test_a_model_whose_checkpoint_goes_while_it_is_made_goes_too(
+    memory: bool, tmp_path: Path
+) -> None:
+    worker, results = Worker(Background()), []
+    worker.submit(order(tmp_path, 0, results, memory=memory))
+    end = time.monotonic() + 60
+    while worker._queue.current is None and time.monotonic() < end:
+        time.sleep(0.001)
+    worker.forget(tmp_path / "0.onnx")
+    while worker._queue.current is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert results == []
+    assert list(tmp_path.glob("*onnx*")) == []
     worker.close()
