@@ -225,14 +225,14 @@ def _modules_of(module: nn.Module) -> set[str]:
 
 def _copied(state: Mapping[str, Any]) -> int:
     """Copy weights into memory that another process can map; return its descriptor."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("onnxport")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
     tensors = {
         name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)
     }
-    with os.fdopen(os.dup(descriptor), "wb") as file:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("onnxport")
+        # By its path torch writes to it directly; given a file object it copies each tensor first.
+        torch.save(tensors, f"/proc/self/fd/{descriptor}")
+        return descriptor
+    with tempfile.TemporaryFile() as file:
         torch.save(tensors, file)
-    return descriptor
+        return os.dup(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import types
-from collections import ChainMap, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
@@ -27,6 +27,7 @@ _ATOMIC = (
     types.BuiltinFunctionType,
     types.ModuleType,
 )
+_CONTAINERS = (list, set, OrderedDict)
 
 
 class NotCopiedError(RuntimeError):
@@ -77,6 +78,9 @@ class Duplicator:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
+        quick = self._quickly(value)
+        if quick is not None:
+            return quick
         # A copy that fails half-way leaves half copies behind; these must not be found later.
         trial: dict[Any, Any] = {}
         try:
@@ -85,6 +89,19 @@ class Duplicator:
             return self._piecewise(value)
         self.memo.update(trial)
         return result
+
+    def _quickly(self, value: Any) -> Any:
+        """Copy what most attributes of modules are: ``deepcopy`` takes five times as long."""
+        kind = type(value)
+        if kind is dict:
+            twin = self._remember(value, {})
+            twin.update({self.copy(key): self.copy(part) for key, part in value.items()})
+            return twin
+        if kind in _CONTAINERS and not value and not getattr(value, "__dict__", None):
+            return self._remember(value, kind())
+        if kind is tuple and all(type(part) in _ATOMIC for part in value):
+            return value
+        return None
 
     def _piecewise(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

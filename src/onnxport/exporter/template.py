@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxport.errors import ExportError
 from onnxport.exporter.frontier import Piece, cut
-from onnxport.exporter.tensors import elem_type_of, raw_bytes, torch_dtype
+from onnxport.exporter.tensors import elem_type_of, raw_bytes, same_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -178,7 +178,7 @@ def _require_same(value: ir.Value, entry: torch.Tensor) -> None:
     if tensor is None or tuple(tensor.shape.numpy()) != tuple(entry.shape):
         raise ExportError(f"The initializer {value.name!r} is not the checkpoint's weight.")
     ours = entry.detach().to(torch_dtype(int(tensor.dtype))).contiguous()
-    if bytes(raw_bytes(ours)) != tensor.tobytes():
+    if not same_bytes(ours, tensor):
         raise ExportError(f"The initializer {value.name!r} is not the checkpoint's weight.")
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import onnx
 import torch
 
-__all__ = ["elem_type_of", "item_bytes", "raw_bytes", "torch_dtype"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["elem_type_of", "item_bytes", "raw_bytes", "same_bytes", "torch_dtype"]
 
 _TYPES = onnx.TensorProto
 _DTYPES: dict[int, torch.dtype] = {
@@ -54,3 +60,14 @@ def item_bytes(elem_type: int) -> int:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor as ONNX stores them; nothing is copied."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def same_bytes(tensor: torch.Tensor, other: ir.TensorProtocol) -> bool:
+    """Tell whether a contiguous CPU tensor and one of a graph hold the same; NaN is NaN here.
+
+    Neither is copied, for they may be large.
+    """
+    ours = np.frombuffer(raw_bytes(tensor), np.uint8)
+    theirs = np.ascontiguousarray(other.numpy()).reshape(-1).view(np.uint8)
+    kind = np.uint8 if len(ours) % 8 else np.uint64  # fewer things to compare
+    return np.array_equal(ours.view(kind), theirs.view(kind))

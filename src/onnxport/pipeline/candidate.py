@@ -12,13 +12,21 @@ import torch
 from onnxport.errors import ExportError, OnnxportError
 from onnxport.exporter.target import target_text
 from onnxport.exporter.template import make_template
-from onnxport.exporter.writer import drop_weights, finish_graph, write_filled, write_whole
+from onnxport.exporter.writer import (
+    drop_weights,
+    finish_graph,
+    sync_model,
+    write_filled,
+    write_whole,
+)
 from onnxport.pipeline.blueprint import Blueprint, plain_state
 from onnxport.pipeline.completeness import why_incomplete
 from onnxport.pipeline.proof import REAL
 from onnxport.validation.session import runtime_version
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     import onnx_ir as ir
 
     from onnxport.exporter.ladder import Rung
@@ -45,7 +53,8 @@ class Candidate:
         staged: Where they are written.
         watch: Measures the stages.
         prep: Runs prep graphs.
-        digest: Hash of the checkpoint's ``state_dict``.
+        digest: Hash of the checkpoint's ``state_dict``, which is worked out meanwhile.
+        pool: Brings files to the disk while they are proven.
 
     Attributes:
         opset: Opset of the last model.
@@ -59,10 +68,13 @@ class Candidate:
         staged: Path,
         watch: Stopwatch,
         prep: PrepSessions,
-        digest: str | None,
+        digest: Future[str],
+        pool: Executor,
     ) -> None:
         self.job, self.plan, self.watch = job, plan, watch
         self.opset: int | None = None
+        self._pool = pool
+        self._synced: Future[None] | None = None
         self._proof, self._staged, self._prep, self._digest = proof, staged, prep, digest
         self._template: Template | None = None
         self._why_none = ""
@@ -76,9 +88,20 @@ class Candidate:
         with self.watch.stage("write"):
             self._write(rung, model)
             drop_weights(model)
+        self._synced = self._pool.submit(sync_model, self._staged)
         with self.watch.stage("prove"):
             checks, self.opset = self._proof.judge(self._staged, staged=True)
         return checks
+
+    def wait_for_disk(self) -> None:
+        """Return when the last model is on the disk.
+
+        Raises:
+            PublishError: If the disk does not take it.
+        """
+        if self._synced is not None:
+            with self.watch.stage("sync"):
+                self._synced.result()
 
     def _write(self, rung: Rung, model: ir.Model) -> None:
         plan = self.plan
@@ -97,10 +120,11 @@ class Candidate:
             write_whole(model, self._staged, metadata)
             return
         tensors = self._template.fill(state, self._prep)
-        write_filled(self._template, self._staged, tensors, lambda: metadata)
+        write_filled(self._template, self._staged, tensors, lambda: metadata, sync=False)
 
     def _metadata(self, rung: Rung) -> dict[str, object]:
-        return facts_of(self.job, self.plan, self._proof, rung) | origin_of(self.job, self._digest)
+        facts = facts_of(self.job, self.plan, self._proof, rung)
+        return facts | origin_of(self.job, self._digest.result())
 
     def blueprint(self, rung: Rung, report: ExportReport) -> tuple[Blueprint | None, str]:
         """Return what the next checkpoint needs; or none, and why it needs an export of its own."""

@@ -7,8 +7,10 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from onnxport.errors import VerificationError
+from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.module_state import plain_name
 from onnxport.exporter.writer import write_filled
 from onnxport.pipeline.proof import REAL, Case, check_case
@@ -20,9 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import nn
-
     from onnxport.config import Tolerance
+    from onnxport.exporter.flat import FlatModule
     from onnxport.exporter.frontier import Evaluate
     from onnxport.exporter.template import Template
     from onnxport.pipeline.plan import Plan
@@ -67,8 +68,7 @@ def why_incomplete(
     """
     signature = plan.signature
     try:
-        root, flat = copy.deepcopy((plan.root, plan.flat))
-        _nudge(root)
+        root, flat = _nudged(plan)
         outputs = run_flat(flat, inputs, isolate=True)
     except Exception:
         logger.debug("The module does not run with other weights.", exc_info=True)
@@ -78,7 +78,8 @@ def why_incomplete(
         return ""  # a decision may be another one by rounding alone
     path = folder / "completeness.onnx"
     state = {plain_name(name): value for name, value in root.state_dict().items()}
-    write_filled(template, path, template.fill(state, evaluate), dict)
+    # It is read once and thrown away: the disk need not have it.
+    write_filled(template, path, template.fill(state, evaluate), dict, sync=False)
     case = Case(
         sizes={},
         rows=REAL,
@@ -89,7 +90,8 @@ def why_incomplete(
         ),
     )
     try:
-        check_case(signature, Session(path, CPU, in_place=True), case, ())
+        with twin_of(path) as twin:
+            check_case(signature, Session(twin, CPU, in_place=True), case, ())
     except VerificationError as error:
         logger.debug("The template is incomplete: %s", error)
         return (
@@ -99,13 +101,32 @@ def why_incomplete(
     return ""
 
 
-def _nudge(module: nn.Module) -> None:
-    """Make all persistent floating-point tensors of a copy a little larger."""
+def _nudged(plan: Plan) -> tuple[nn.Module, FlatModule]:
+    """Return a copy whose persistent floating-point tensors are a little larger.
+
+    Parameters are made in one pass: where they are large, a copy that is changed then takes two.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                # By rows: that is quick, and no layer that normalises undoes it.
-                shape = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))
-                factor = torch.rand(shape, generator=generator) * (MOST - LEAST) + LEAST
-                tensor.mul_(factor.to(tensor.dtype))
+        larger = {
+            id(weight): nn.Parameter(_scaled(weight, generator), weight.requires_grad)
+            for weight in plan.root.parameters()
+            if type(weight) is nn.Parameter and weight.is_floating_point()
+        }
+        done = {id(weight) for weight in larger.values()}
+        root, flat = copy.deepcopy((plan.root, plan.flat), {**larger})
+        for tensor in {id(t): t for t in root.state_dict(keep_vars=True).values()}.values():
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.is_floating_point()
+                and id(tensor) not in done
+            ):
+                tensor.copy_(_scaled(tensor, generator))
+    return root, flat
+
+
+def _scaled(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    # By rows: that is quick, and no layer that normalises undoes it.
+    shape = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))
+    factor = torch.rand(shape, generator=generator) * (MOST - LEAST) + LEAST
+    return tensor.detach() * factor.to(tensor.device, tensor.dtype)

@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from onnxport.config import Verify
+    from onnxport.config import Tolerance, Verify
     from onnxport.exporter.flat import FlatModule
     from onnxport.pipeline.plan import Plan
     from onnxport.signature import ModelSignature
@@ -58,12 +59,14 @@ class Case:
             by tracing shows.
         inputs: What is fed.
         references: What each output should be.
+        refine: Gives references that were dearer to make, for a model that these refuse.
     """
 
     sizes: Mapping[str, int]
     rows: str
     inputs: Tensors
     references: tuple[Reference, ...]
+    refine: Callable[[], tuple[Reference, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,38 +150,62 @@ class Proof:
         self._ran.clear()
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
-        doubles = _run_double(self._plan.flat, [case[:2] for case in kept], seconds)
-        references: list[list[Reference]] = [[] for _ in kept]
-        # Such rows may be out of the module's domain: their rounding says nothing of real ones.
-        for rows in (REAL, *VARIANTS):
-            places = [place for place, case in enumerate(kept) if case[0] == rows]
-            if rows == REAL:
-                self.noise = pooled_noise(
-                    [kept[place][2] for place in places], [doubles[place] for place in places]
-                )
-            made = make_references(
-                [kept[place][2] for place in places],
-                [doubles[place] for place in places],
-                self._verify.tolerance,
-            )
-            for place, reference in zip(places, made, strict=True):
-                references[place] = reference
-        if any(doubles):
-            for place in [place for place, double in enumerate(doubles) if double is None]:
-                references[place] = [
-                    pinned_reference(out, noise, self._verify.tolerance, source="float32")
-                    for out, noise in zip(kept[place][2], self.noise, strict=True)
-                ]
-        axes = self._plan.axes.inputs
-        return tuple(
-            Case(
-                sizes=current_sizes(inputs, axes),
-                rows=rows,
-                inputs=inputs,
-                references=tuple(reference),
-            )
-            for (rows, inputs, _), reference in zip(kept, references, strict=True)
+        real = [place for place, case in enumerate(kept) if case[0] == REAL]
+        # Real rows first, and of these the quickest: what rounding costs is seen on few rows, too.
+        order = sorted(range(len(kept)), key=lambda place: (place not in real, seconds[place]))
+        runs = _run_double(self._plan.flat, [kept[place][1] for place in order])
+        doubles = dict(zip(order, runs, strict=True))
+        exact = [(kept[place][2], doubles[place]) for place in real if doubles[place]]
+        self.noise = pooled_noise(
+            [kept[place][2] for place in real], [doubles[place] for place in real]
         )
+        return tuple(self._case(*case, exact, doubles[place]) for place, case in enumerate(kept))
+
+    def _case(
+        self,
+        rows: str,
+        inputs: Tensors,
+        outputs: Tensors,
+        exact: Sequence[tuple[Tensors, Tensors | None]],
+        double: Tensors | None,
+    ) -> Case:
+        """Make a case of a run.
+
+        Args:
+            rows: Kind of rows.
+            inputs: What was fed.
+            outputs: What came out.
+            exact: Outputs of each real run that was made in float64, too, with what came out then.
+            double: Outputs of this run in float64, if it was made.
+        """
+        tolerance = self._verify.tolerance
+        refine: Callable[[], tuple[Reference, ...]] | None = None
+        if double is None and exact:
+            references = tuple(
+                pinned_reference(out, noise, tolerance, source="float32")
+                for out, noise in zip(outputs, self.noise, strict=True)
+            )
+            # Changed rows may be out of the module's domain: their rounding says nothing of real
+            # ones.
+            others = exact if rows == REAL else ()
+            refine = cache(partial(self._refined, inputs, outputs, others))
+        else:
+            runs = [*exact, (outputs, double)] if rows == REAL else [(outputs, double)]
+            references = _last_references(runs, tolerance)
+        return Case(
+            sizes=current_sizes(inputs, self._plan.axes.inputs),
+            rows=rows,
+            inputs=inputs,
+            references=references,
+            refine=refine,
+        )
+
+    def _refined(
+        self, inputs: Tensors, outputs: Tensors, exact: Sequence[tuple[Tensors, Tensors | None]]
+    ) -> tuple[Reference, ...]:
+        """Return references of a run in float64, or of the run that there is."""
+        (double,) = _run_double(self._plan.flat, [inputs])
+        return _last_references([*exact, (outputs, double)], self._verify.tolerance)
 
     def _wanted(self) -> list[tuple[str, Tensors]]:
         wanted = [self._at_batch(size) for size in self._batch_sizes()] or [self._plan.calls[0]]
@@ -291,58 +318,68 @@ def check_case(
         outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
     except VerificationError as error:
         raise VerificationError(f"At {where}, {error}", error.checks) from error
-    compared = tuple(
-        compare(spec.name, actual, reference)
-        for spec, actual, reference in zip(signature.outputs, outputs, case.references, strict=True)
-    )
-    check = Check(
-        provider=session.provider,
-        sizes=dict(case.sizes),
-        rows=case.rows,
-        reference=case.references[0].source,
-        outputs=compared,
-        ok=all(output.ok for output in compared),
-    )
+    check = _check(signature, session, case, case.references, outputs)
+    if not check.ok and case.refine is not None:
+        check = _check(signature, session, case, case.refine(), outputs)
     if not check.ok:
         raise VerificationError(_disagreement(check), (*before, check))
     return check
+
+
+def _check(
+    signature: ModelSignature,
+    session: Session,
+    case: Case,
+    references: Sequence[Reference],
+    outputs: Sequence[torch.Tensor],
+) -> Check:
+    compared = tuple(
+        compare(spec.name, actual, reference)
+        for spec, actual, reference in zip(signature.outputs, outputs, references, strict=True)
+    )
+    return Check(
+        provider=session.provider,
+        sizes=dict(case.sizes),
+        rows=case.rows,
+        reference=references[0].source,
+        outputs=compared,
+        ok=all(output.ok for output in compared),
+    )
 
 
 def _all_finite(outputs: Tensors) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point())
 
 
-def _run_double(
-    flat: FlatModule, cases: Sequence[tuple[str, Tensors]], seconds: Sequence[float]
-) -> list[Tensors | None]:
-    """Run in float64, the quickest first and of a dear module no more than these.
+def _last_references(
+    runs: Sequence[tuple[Tensors, Tensors | None]], tolerance: Tolerance
+) -> tuple[Reference, ...]:
+    """Return the references of the last of several runs, each with what came out in float64."""
+    outputs, doubles = zip(*runs, strict=True)
+    return tuple(make_references(outputs, doubles, tolerance)[-1])
 
-    What rounding costs is seen on few rows as well as on many.
+
+def _run_double(flat: FlatModule, runs: Sequence[Tensors]) -> list[Tensors | None]:
+    """Run in float64, of a dear module only the first.
 
     Args:
         flat: The module.
-        cases: Kind of rows and inputs of each run.
-        seconds: What each run took in the module's own precision.
+        runs: Inputs of each run.
 
     Returns:
-        The outputs; ``None`` where a run is too dear, and everywhere if the module does not run so.
+        The outputs; ``None`` where a run is too dear or the module does not run so.
     """
-    found: list[Tensors | None] = [None] * len(cases)
-    spent, real = 0.0, False
+    found: list[Tensors | None] = [None] * len(runs)
+    start = time.perf_counter()
     try:
         double = _in_float64(flat)
-        for place in sorted(range(len(cases)), key=seconds.__getitem__):
-            rows, inputs = cases[place]
-            if rows == REAL and real and spent >= FLOAT64_S:
-                continue
-            start = time.perf_counter()
+        for place, inputs in enumerate(runs):
+            if place and time.perf_counter() - start > FLOAT64_S:
+                break
             wide = [t.double() if t.is_floating_point() else t for t in inputs]
             found[place] = run_flat(double, wide)
-            spent += time.perf_counter() - start
-            real = real or rows == REAL
     except Exception:
         logger.debug("the module does not run in float64", exc_info=True)
-        return [None] * len(cases)
     return found
 
 

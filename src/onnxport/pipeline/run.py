@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from onnxport.validation.session import PrepSessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Executor, Future
     from pathlib import Path
 
     from onnxport.exporter.base import Core
@@ -161,11 +163,24 @@ class Pipeline:
     # --- export -----------------------------------------------------------------------------
 
     def _export(self, job: ExportJob, draft: ExportReport, watch: Stopwatch) -> ExportReport:
+        state = job.source.state()
+        with ThreadPoolExecutor(1) as pool:  # hashing and the disk leave Python to others
+            digest = pool.submit(weights_sha256, state)
+            report = self._export_beside(job, draft, watch, digest, pool)
+            return replace(report, weights_sha256=digest.result())
+
+    def _export_beside(
+        self,
+        job: ExportJob,
+        draft: ExportReport,
+        watch: Stopwatch,
+        digest: Future[str],
+        pool: Executor,
+    ) -> ExportReport:
+        """Export while another thread works out the hash of the weights."""
         attempts: list[Attempt] = list(draft.attempts)
         failures: list[FailedAttempt] = []
         climbed, flat = Climb(), None
-        with watch.stage("hash"):
-            draft = replace(draft, weights_sha256=weights_sha256(job.source.state()))
         for plan in _plans(job, attempts, watch):
             if plan.flat is not flat:  # in another precision all may go otherwise
                 climbed, flat = Climb(patches=climbed.patches), plan.flat
@@ -179,9 +194,7 @@ class Pipeline:
                 warnings=(*plan.warnings, *proof.warnings),
             )
             with staging(job.path) as staged:
-                candidate = Candidate(
-                    job, plan, proof, staged, watch, self._prep, draft.weights_sha256
-                )
+                candidate = Candidate(job, plan, proof, staged, watch, self._prep, digest, pool)
                 climbed = self._climb(candidate, climbed)
                 attempts += climbed.attempts
                 failures += climbed.failures
@@ -198,6 +211,7 @@ class Pipeline:
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
                     if job.template is not None:
                         save_blueprint(self.blueprint, job.template)
+                candidate.wait_for_disk()
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
