@@ -13,6 +13,7 @@ The temporary folder (``TMPDIR``) needs room for the checkpoints of one fit.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import logging
@@ -75,7 +76,9 @@ LEAK_FROM = 10
 LEAK_EPOCH_S = 0.5
 TINY = "wide:0.01"
 SPARED = 2**30
-"""Bytes of free memory that are not touched beforehand."""
+"""Bytes of free memory that stay free when the page cache is filled."""
+MOST_FILLED = 64 * 2**30
+CHUNK = 2**22
 CLASSES = 10
 LENGTH = 32
 WORKER = b"onnxport.worker.server"
@@ -769,26 +772,37 @@ def peaks(points: list[Found]) -> Found:
     }
 
 
-def touch_memory() -> None:
-    """Use all free memory once, in a process of its own.
+class PageCache:
+    """Fills the page cache, so that what is measured gets memory that was in use just before.
 
-    A virtual machine gets its memory from its host when it is first used, at seconds per gigabyte:
-    whoever writes the first files and copies would pay for all who come later.
+    So it is on any machine that has run for a while. On a virtual one, free memory may be lent
+    back to the host, and then the first to use it again pays seconds per gigabyte.
     """
-    code = (
-        "import mmap, os, sys\n"
-        "size = int(sys.argv[1])\n"
-        "memory = mmap.mmap(-1, size)\n"
-        "for place in range(0, size, mmap.PAGESIZE):\n"
-        "    memory[place] = 1\n"
-    )
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    subprocess.run([sys.executable, "-c", code, str(max(0, available - SPARED))], check=False)
+
+    def __init__(self) -> None:
+        self._file = Path(tempfile.gettempdir(), f"onnxport-lockstep-{os.getpid()}.fill")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - SPARED
+        room = shutil.disk_usage(self._file.parent).free // 2
+        self._size = free if free < min(room, MOST_FILLED) else 0
+        atexit.register(lambda: self._file.unlink(missing_ok=True))
+
+    def fill(self) -> None:
+        """Write the file, or read it again."""
+        if self._size and not self._file.exists():
+            chunk = bytes(CHUNK)
+            with self._file.open("wb", buffering=0) as file:
+                while file.tell() < self._size:
+                    file.write(chunk)
+        os.sync()  # what earlier jobs have written is not paid for by later ones
+        if self._size:
+            room = bytearray(CHUNK)
+            with self._file.open("rb", buffering=0) as file:
+                while file.readinto(room):
+                    pass
 
 
-def run_apart(job: Found) -> tuple[Found, Watch]:
+def run_apart(jobdef run_apart(job: Found) -> tuple[Found, Watch]:
     """Run a job in a new process, with an empty folder of its own; an error is a result."""
-    os.sync()  # what earlier jobs have written is not paid for by this one
     with tempfile.TemporaryDirectory(prefix="onnxport-lockstep-") as name:
         folder = Path(name)
         command = [sys.executable, __file__, "--job", json.dumps(job), name]
@@ -829,10 +843,10 @@ class Bench:
         names = ("epochs", "epoch_s", "threads", "quick")
         self.results["settings"] = {name: getattr(options, name) for name in names}
         self._loaded: Found | None = None
+        self._cache = PageCache()
 
     def run(self) -> None:
         """Measure everything that was asked for."""
-        touch_memory()
         for name in self.options.models:
             part = self._model(name)
             if part is not None:
@@ -851,6 +865,7 @@ class Bench:
 
     def _job(self, kind: str, model: str, **more: Any) -> tuple[Found, Watch]:
         options = self.options
+        self._cache.fill()
         base = {"kind": kind, "model": model, "threads": options.threads, "quick": options.quick}
         found, watch = run_apart(base | {"epochs": options.epochs} | more)
         said = f"{found['fit_s']:.1f} s" if "fit_s" in found else ""
