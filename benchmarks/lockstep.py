@@ -801,7 +801,7 @@ class PageCache:
                     pass
 
 
-def run_apart(jobdef run_apart(job: Found) -> tuple[Found, Watch]:
+def run_apart(job: Found) -> tuple[Found, Watch]:
     """Run a job in a new process, with an empty folder of its own; an error is a result."""
     with tempfile.TemporaryDirectory(prefix="onnxport-lockstep-") as name:
         folder = Path(name)

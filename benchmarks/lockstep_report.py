@@ -53,9 +53,9 @@ Every fit ran in a process of its own on the CPU, with {threads} torch thread(s)
 one in the worker, {epochs} epochs with a checkpoint at the end of each, the same steps and \
 random data in all rows of a model, and as many steps per epoch as take {epoch_s:g} s. AdamW, or \
 SGD without momentum for plain wide layers; of these, where they are large, the two newest \
-checkpoints are kept. The page cache was full before each fit, as it is on any machine that has run \
-for a while: a virtual machine has to get memory that was free from its host again, at seconds per \
-gigabyte.
+checkpoints are kept. The page cache was full before each fit, as it is on any machine that has \
+run for a while: a virtual machine has to get memory that was free from its host again, at seconds \
+per gigabyte.
 
 *Stall*: the time inside of `trainer.save_checkpoint`, callbacks included, less the writing of \
 the file (`TorchCheckpointIO.save_checkpoint`, *own save*), less the same difference in the row \
