@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import mmap
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
+from onnx.helper import tensor_dtype_to_np_dtype
 
 from onnxport.errors import PublishError
 from onnxport.exporter.tensors import raw_bytes
@@ -27,10 +30,18 @@ if TYPE_CHECKING:
 
     from onnxport.exporter.template import Slot
 
-__all__ = ["mapped_twin", "twin_of", "write_external", "write_inline"]
+__all__ = [
+    "mapped_twin",
+    "mapped_weights",
+    "twin_of",
+    "with_weights_as_inputs",
+    "write_external",
+    "write_inline",
+]
 
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-"""Field numbers of ``ModelProto.graph``, ``GraphProto.initializer``, ``TensorProto.raw_data``."""
+_GRAPH, _INITIALIZER, _INPUT, _RAW_DATA = 7, 5, 11, 9
+"""Field numbers of ``ModelProto.graph``, ``GraphProto.initializer``, ``GraphProto.input``,
+``TensorProto.raw_data``."""
 
 _LENGTH_DELIMITED = 2
 SMALL_BYTES = 4096
@@ -56,10 +67,7 @@ def write_inline(
         tensors: One for each slot, in order; contiguous, on the CPU.
     """
     openings = [_opening(slot) for slot in slots]
-    size = len(graph) + sum(
-        len(opening) + slot.nbytes for opening, slot in zip(openings, slots, strict=True)
-    )
-    _write(file, head + _tag(_GRAPH) + _varint(size) + graph)
+    _write(file, _beginning(head, graph, slots))
     for opening, slot, tensor in zip(openings, slots, tensors, strict=True):
         _write(file, opening)
         _write(file, _checked(slot, tensor))
@@ -85,16 +93,7 @@ def write_external(
         slots: See :func:`write_inline`.
         tensors: See :func:`write_inline`.
     """
-    initializers, offset = [], 0
-    for slot in slots:
-        offset += -offset % _ALIGNMENT
-        proto = _proto(slot)
-        _make_external(proto, location, offset, slot.nbytes)
-        raw = proto.SerializeToString()
-        initializers.append(_tag(_INITIALIZER) + _varint(len(raw)) + raw)
-        offset += slot.nbytes
-    size = len(graph) + sum(map(len, initializers))
-    _write(file, head + _tag(_GRAPH) + _varint(size) + graph + b"".join(initializers))
+    _write(file, _beginning(head, graph, slots, location))
     for slot, tensor in zip(slots, tensors, strict=True):
         _write(data, b"\0" * (-data.tell() % _ALIGNMENT))
         _write(data, _checked(slot, tensor))
@@ -105,6 +104,106 @@ def _write(file: RawIOBase, content: bytes | memoryview) -> None:
     rest = memoryview(content)
     while rest.nbytes:
         rest = rest[file.write(rest) or 0 :]
+
+
+def _beginning(
+    head: bytes, graph: bytes, slots: Sequence[Slot], location: str | None = None
+) -> bytes:
+    """Return what a model begins with: all but the weights, if these are in it, and what follows.
+
+    Args:
+        head: See :func:`write_inline`.
+        graph: See :func:`write_inline`.
+        slots: See :func:`write_inline`.
+        location: Name of the file with the weights, if they are in another one.
+    """
+    if location is None:
+        rest, size = b"", sum(len(_opening(slot)) + slot.nbytes for slot in slots)
+    else:
+        initializers = []
+        for slot, offset in zip(slots, _offsets(slots), strict=True):
+            proto = _proto(slot)
+            _make_external(proto, location, offset, slot.nbytes)
+            raw = proto.SerializeToString()
+            initializers.append(_tag(_INITIALIZER) + _varint(len(raw)) + raw)
+        rest = b"".join(initializers)
+        size = len(rest)
+    return head + _tag(_GRAPH) + _varint(len(graph) + size) + graph + rest
+
+
+def _offsets(slots: Sequence[Slot]) -> Iterator[int]:
+    """Yield where each tensor begins in a file of its own."""
+    offset = 0
+    for slot in slots:
+        offset += -offset % _ALIGNMENT
+        yield offset
+        offset += slot.nbytes
+
+
+def with_weights_as_inputs(head: bytes, graph: bytes, slots: Sequence[Slot]) -> bytes:
+    """Return a model that takes its weights as further inputs, so that it can be loaded once.
+
+    Args:
+        head: See :func:`write_inline`.
+        graph: See :func:`write_inline`.
+        slots: See :func:`write_inline`.
+    """
+    infos = []
+    for slot in slots:
+        info = onnx.helper.make_tensor_value_info(slot.name, slot.elem_type, slot.dims)
+        raw = info.SerializeToString()
+        infos.append(_tag(_INPUT) + _varint(len(raw)) + raw)
+    body = graph + b"".join(infos)
+    return head + _tag(_GRAPH) + _varint(len(body)) + body
+
+
+def mapped_weights(
+    path: Path, head: bytes, graph: bytes, slots: Sequence[Slot]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the weights of a model that was written of these parts, where they lie in its file.
+
+    The file is mapped; nothing is copied. That it has these parts and no others is checked.
+
+    Args:
+        path: The model.
+        head: See :func:`write_inline`.
+        graph: See :func:`write_inline`.
+        slots: See :func:`write_inline`.
+
+    Raises:
+        PublishError: If the file is another one.
+        OSError: If it cannot be read.
+    """
+    data = path.with_name(f"{path.name}.data")
+    location = data.name if data.exists() else None
+    beginning = _beginning(head, graph, slots, location)
+    raw = _mapped(path)
+    same = raw[: len(beginning)] == beginning
+    if location is not None:
+        places = list(_offsets(slots))
+        raw = _mapped(data) if slots else raw
+    else:
+        places, place = [], len(beginning)
+        for slot in slots:
+            opening = _opening(slot)
+            same = same and raw[place : place + len(opening)] == opening
+            places.append(place + len(opening))
+            place += len(opening) + slot.nbytes
+    if not same or any(p + s.nbytes > len(raw) for p, s in zip(places, slots, strict=True)):
+        raise PublishError(f"{path.name} is not the file that was written.")
+    return {
+        slot.name: np.frombuffer(
+            raw, tensor_dtype_to_np_dtype(slot.elem_type), prod(slot.dims), place
+        ).reshape(slot.dims)
+        if slot.nbytes
+        else np.empty(slot.dims, tensor_dtype_to_np_dtype(slot.elem_type))
+        for slot, place in zip(slots, places, strict=True)
+    }
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @contextmanager

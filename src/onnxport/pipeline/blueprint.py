@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from onnxport.exporter.fingerprint import changed_paths
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.module_state import plain_name
-from onnxport.exporter.template import StaleTemplateError, Template
+from onnxport.exporter.template import StaleTemplateError
 from onnxport.inputs.resize import current_sizes, resize
 from onnxport.tree import Example, flatten, rebuild, same_structure
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from onnxport.exporter.ladder import Rung
+    from onnxport.exporter.template import Template
     from onnxport.pipeline.job import ExportJob
+    from onnxport.pipeline.open_template import OpenTemplate
     from onnxport.pipeline.plan import Plan
     from onnxport.report import ExportReport
     from onnxport.tree import Spec
@@ -45,7 +47,7 @@ class Blueprint:
     """A proven model without its weights, and what it takes to prove it with others.
 
     Args:
-        template: The graph, and how to fill it.
+        opened: The graph, and how to fill it.
         plan: The plan without the module, which holds weights.
         spec: Structure of a call.
         keeps_state: Whether a run changes the module.
@@ -60,7 +62,7 @@ class Blueprint:
         changes: How often an attribute has changed and made no difference.
     """
 
-    template: Template
+    opened: OpenTemplate
     plan: Plan
     spec: Spec
     keeps_state: bool
@@ -73,6 +75,11 @@ class Blueprint:
     metadata: Mapping[str, object]
     changes: Counter[str] = field(default_factory=Counter)
     _seen: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
+
+    @property
+    def template(self) -> Template:
+        """The graph without weights."""
+        return self.opened.template
 
     @property
     def is_large(self) -> bool:
@@ -95,7 +102,7 @@ class Blueprint:
         cls,
         job: ExportJob,
         plan: Plan,
-        template: Template,
+        opened: OpenTemplate,
         *,
         rung: Rung,
         report: ExportReport,
@@ -104,7 +111,7 @@ class Blueprint:
     ) -> Blueprint:
         """Keep what is needed of an export that was proven."""
         made = cls(
-            template=template,
+            opened=opened,
             plan=plan.without_module(),
             spec=plan.flat.spec,
             keeps_state=plan.flat.keeps_state,

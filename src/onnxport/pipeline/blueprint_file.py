@@ -24,6 +24,7 @@ from onnxport.exporter.writer import staging
 from onnxport.inputs.dims import AxisPlan
 from onnxport.pipeline.blueprint import Blueprint
 from onnxport.pipeline.job import LiveReference
+from onnxport.pipeline.open_template import OpenTemplate
 from onnxport.pipeline.plan import Plan
 from onnxport.report import ExportReport
 from onnxport.signature import ModelSignature
@@ -155,6 +156,28 @@ def _plain(blueprint: Blueprint) -> dict[str, Any]:
     }
 
 
+def _template(content: dict[str, Any]) -> Template:
+    return Template(
+        head=_as_bytes(content["head"]),
+        graph=_as_bytes(content["graph"]),
+        slots=tuple(
+            Slot(name=name, elem_type=kind, dims=tuple(dims), source=source)
+            for name, kind, dims, source in content["slots"]
+        ),
+        pieces=tuple(
+            Piece(
+                model=_as_bytes(piece["model"]),
+                sources=tuple(piece["sources"]),
+                elem_types=tuple(piece["elem_types"]),
+                outputs=tuple(piece["outputs"]),
+                made=(),
+            )
+            for piece in content["pieces"]
+        ),
+        entries={name: tuple(dims) for name, dims in content["entries"].items()},
+    )
+
+
 def _blueprint(content: dict[str, Any]) -> Blueprint:
     rung = named_rung("auto", content["rung"])
     if content["format"] != _FORMAT or rung is None:
@@ -165,25 +188,7 @@ def _blueprint(content: dict[str, Any]) -> Blueprint:
     spec, _ = flatten((example.args, {}))
     axes = content["axes"]
     return Blueprint(
-        template=Template(
-            head=_as_bytes(content["head"]),
-            graph=_as_bytes(content["graph"]),
-            slots=tuple(
-                Slot(name=name, elem_type=kind, dims=tuple(dims), source=source)
-                for name, kind, dims, source in content["slots"]
-            ),
-            pieces=tuple(
-                Piece(
-                    model=_as_bytes(piece["model"]),
-                    sources=tuple(piece["sources"]),
-                    elem_types=tuple(piece["elem_types"]),
-                    outputs=tuple(piece["outputs"]),
-                    made=(),
-                )
-                for piece in content["pieces"]
-            ),
-            entries={name: tuple(dims) for name, dims in content["entries"].items()},
-        ),
+        opened=OpenTemplate(_template(content)),
         plan=Plan(
             root=nn.Module(),
             flat=FlatModule(nn.Module(), spec),

@@ -21,6 +21,7 @@ from onnxport.exporter.writer import (
 )
 from onnxport.pipeline.blueprint import Blueprint, plain_state
 from onnxport.pipeline.completeness import why_incomplete
+from onnxport.pipeline.open_template import OpenTemplate
 from onnxport.pipeline.proof import REAL
 from onnxport.validation.session import runtime_version
 
@@ -133,9 +134,10 @@ class Candidate:
             return None, self._why_none
         small = next(case.inputs for case in proof.cases if case.rows == REAL)
         tolerance = self.job.options.verify.tolerance
+        opened = OpenTemplate(template)
         try:
             reason = why_incomplete(
-                template, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
+                opened, plan, small, proof.noise, tolerance, self._staged.parent, self._prep
             )
         except OnnxportError as error:  # the disk is full, say: the model itself is proven
             reason = f"Whether other weights can be filled in could not be tried: {error}"
@@ -144,7 +146,7 @@ class Candidate:
         known = Blueprint.of(
             self.job,
             plan,
-            template,
+            opened,
             rung=rung,
             report=report,
             noise=proof.noise,

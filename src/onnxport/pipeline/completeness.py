@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from onnxport.errors import VerificationError
-from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.module_state import plain_name
 from onnxport.exporter.writer import write_filled
 from onnxport.pipeline.proof import REAL, Case, check_case
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
     from onnxport.config import Tolerance
     from onnxport.exporter.flat import FlatModule
     from onnxport.exporter.frontier import Evaluate
-    from onnxport.exporter.template import Template
+    from onnxport.pipeline.open_template import Filled, OpenTemplate
     from onnxport.pipeline.plan import Plan
+    from onnxport.signature import ModelSignature
 
 __all__ = ["why_incomplete"]
 
@@ -40,7 +40,7 @@ AMPLIFIED = 4.0
 
 
 def why_incomplete(
-    template: Template,
+    opened: OpenTemplate,
     plan: Plan,
     inputs: Sequence[torch.Tensor],
     noise: Sequence[float],
@@ -54,12 +54,12 @@ def why_incomplete(
     the graph for good. No list of initializers shows that; other weights do.
 
     Args:
-        template: The template of a model that was proven with the module's own weights.
+        opened: The template of a model that was proven with the module's own weights.
         plan: The module and its axes.
         inputs: A call to run.
         noise: PyTorch's own relative error in each output.
         tolerance: Factor of the budget.
-        folder: Where the model for this test may lie.
+        folder: Where a model for this test may lie.
         evaluate: Runs prep graphs.
 
     Returns:
@@ -76,10 +76,8 @@ def why_incomplete(
     floats = all(out.is_floating_point() and bool(out.isfinite().all()) for out in outputs)
     if not floats:
         return ""  # a decision may be another one by rounding alone
-    path = folder / "completeness.onnx"
     state = {plain_name(name): value for name, value in root.state_dict().items()}
-    # It is read once and thrown away: the disk need not have it.
-    write_filled(template, path, template.fill(state, evaluate), dict, sync=False)
+    tensors = list(opened.template.fill(state, evaluate))
     case = Case(
         sizes={},
         rows=REAL,
@@ -89,16 +87,26 @@ def why_incomplete(
             for out, each in zip(outputs, noise, strict=True)
         ),
     )
+    if not _agrees(signature, opened.with_tensors(tensors, CPU), case):
+        path = folder / "completeness.onnx"
+        write_filled(opened.template, path, tensors, dict, sync=False)
+        if not _agrees(signature, Session(path, CPU, in_place=True), case):
+            return (
+                "Each checkpoint of this module needs an export of its own: the graph holds "
+                "something that was computed from the weights in Python, or changed by a patch."
+            )
+    return ""
+
+
+def _agrees(signature: ModelSignature, model: Session | Filled | None, case: Case) -> bool:
+    if model is None:
+        return False
     try:
-        with twin_of(path) as twin:
-            check_case(signature, Session(twin, CPU, in_place=True), case, ())
+        check_case(signature, model, case, ())
     except VerificationError as error:
         logger.debug("The template is incomplete: %s", error)
-        return (
-            "Each checkpoint of this module needs an export of its own: the graph holds something "
-            "that was computed from the weights in Python, or changed by a patch."
-        )
-    return ""
+        return False
+    return True
 
 
 def _nudged(plan: Plan) -> tuple[nn.Module, FlatModule]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from onnxport.config import Tolerance, Verify
     from onnxport.exporter.flat import FlatModule
+    from onnxport.pipeline.open_template import Filled
     from onnxport.pipeline.plan import Plan
     from onnxport.signature import ModelSignature
 
@@ -300,7 +301,7 @@ class Proof:
 
 
 def check_case(
-    signature: ModelSignature, session: Session, case: Case, before: tuple[Check, ...]
+    signature: ModelSignature, session: Session | Filled, case: Case, before: tuple[Check, ...]
 ) -> Check:
     """Run one case in ONNX Runtime and compare.
 
@@ -328,7 +329,7 @@ def check_case(
 
 def _check(
     signature: ModelSignature,
-    session: Session,
+    session: Session | Filled,
     case: Case,
     references: Sequence[Reference],
     outputs: Sequence[torch.Tensor],

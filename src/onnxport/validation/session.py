@@ -154,13 +154,16 @@ class Session:
         return tuple(node.name for node in self._session.get_inputs())
 
     def run(
-        self, names: Sequence[str], tensors: Sequence[torch.Tensor], checks: tuple[Check, ...] = ()
+        self,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor | np.ndarray[Any, Any]],
+        checks: tuple[Check, ...] = (),
     ) -> list[torch.Tensor]:
         """Run once.
 
         Args:
             names: Name of each tensor; those that the graph does not have are left out.
-            tensors: The inputs.
+            tensors: The inputs; arrays need not be aligned, as they lie in a file.
             checks: Checks made so far, for the error.
 
         Raises:
@@ -181,8 +184,13 @@ class Session:
         fed = {value.data_ptr() for value in feeds.values()}
         return [result.clone() if result.data_ptr() in fed else result for result in results]
 
-    def _ort_value(self, tensor: torch.Tensor) -> Any:
+    def _ort_value(self, tensor: torch.Tensor | np.ndarray[Any, Any]) -> Any:
         ort = _runtime()
+        if isinstance(tensor, np.ndarray):
+            if tensor.dtype.name == "bfloat16":
+                raw = tensor.view(np.int16)
+                return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
+            return ort.OrtValue.ortvalue_from_numpy(tensor)
         if tensor.dtype is torch.bfloat16:
             raw = tensor.contiguous().view(torch.int16).numpy()
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
