@@ -46,6 +46,7 @@ VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
 }
 """Rows made from real ones that may take other branches of the module."""
 SMALL_BATCH = 2
+LARGE_FILE = 32 * 2**20
 FLOAT64_S = 0.15
 """Seconds of runs in float64 after which no more are made: some take seven times as long."""
 
@@ -119,7 +120,8 @@ class Proof:
         Args:
             path: The model.
             staged: Whether its folder is ours: then a twin without weights may lie there for a
-                moment, because the checker would read all of the file, twice.
+                moment, because the checker would read all of the file, twice, and ONNX Runtime
+                would copy the weights of a large one, where it can map them.
 
         Returns:
             The checks, all passed, and the opset version of the file.
@@ -127,14 +129,15 @@ class Proof:
         Raises:
             VerificationError: At the first disagreement, with the checks so far.
         """
+        checks: tuple[Check, ...] = ()
         with twin_of(path) if staged else nullcontext(path) as graph:
             opset = check_graph(graph, self._plan.signature)
-        checks: tuple[Check, ...] = ()
-        for provider in resolve_providers(self._verify.providers):
-            session = Session(path, provider)
-            for case in self.cases:
-                check = check_case(self._plan.signature, session, case, checks)
-                checks = (*checks, check)
+            model = graph if path.stat().st_size > LARGE_FILE else path
+            for provider in resolve_providers(self._verify.providers):
+                session = Session(model, provider)
+                for case in self.cases:
+                    check = check_case(self._plan.signature, session, case, checks)
+                    checks = (*checks, check)
         return checks, opset
 
     # --- cases ------------------------------------------------------------------------------
