@@ -784,6 +784,7 @@ class PageCache:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - SPARED
         room = shutil.disk_usage(self._file.parent).free // 2
         self._size = free if free < min(room, MOST_FILLED) else 0
+        self.fills = self._size > 0
         atexit.register(lambda: self._file.unlink(missing_ok=True))
 
     def fill(self) -> None:
@@ -844,6 +845,7 @@ class Bench:
         self.results["settings"] = {name: getattr(options, name) for name in names}
         self._loaded: Found | None = None
         self._cache = PageCache()
+        self.results["settings"]["filled"] = self._cache.fills
 
     def run(self) -> None:
         """Measure everything that was asked for."""

@@ -48,14 +48,18 @@ TARGETS = {
     "trainer_added": 1.1,
     "worker_above": 1.5,
 }
+PAGE_CACHE = {
+    True: """\
+The page cache was full before each fit, as it is on any machine that has run for a while: a \
+virtual machine has to get memory that was free from its host again, at seconds per gigabyte.""",
+    False: "The page cache was as it was.",
+}
 ABOUT = """\
 Every fit ran in a process of its own on the CPU, with {threads} torch thread(s) in training and \
 one in the worker, {epochs} epochs with a checkpoint at the end of each, the same steps and \
 random data in all rows of a model, and as many steps per epoch as take {epoch_s:g} s. AdamW, or \
 SGD without momentum for plain wide layers; of these, where they are large, the two newest \
-checkpoints are kept. The page cache was full before each fit, as it is on any machine that has \
-run for a while: a virtual machine has to get memory that was free from its host again, at seconds \
-per gigabyte.
+checkpoints are kept. {page_cache}
 
 *Stall*: the time inside of `trainer.save_checkpoint`, callbacks included, less the writing of \
 the file (`TorchCheckpointIO.save_checkpoint`, *own save*), less the same difference in the row \
@@ -396,7 +400,9 @@ def _markdown(results: Found, *, drawn: bool) -> list[str]:
         *_measured(results),
     ]
     lines = ["# Lockstep: every checkpoint a model, and what it costs", ""]
-    lines += [*(f"- {fact}" for fact in facts), "", ABOUT.format(**results["settings"]), ""]
+    cache = PAGE_CACHE[results["settings"].get("filled", False)]
+    text = ABOUT.format(**results["settings"], page_cache=cache)
+    lines += [*(f"- {fact}" for fact in facts), "", text, ""]
     if results["settings"]["quick"]:
         lines += ["**A quick run of tiny models: it shows that the benchmark works.**", ""]
     if drawn:

@@ -81,3 +81,15 @@ def test_rows_that_the_budget_of_others_refuses_are_run_in_float64(
     checks = _checks(Steep(), tmp_path)
     assert narrow
     assert {check.reference for check in checks} == {"float64"}
+
+
+def test_a_wrong_model_is_refused_by_refined_references_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "FLOAT64_S", -1.0)
+    module, other = Counting(), Counting()
+    assert onnxport.export(other, ROWS, tmp_path / "other.onnx").ok
+    DOUBLES.clear()
+    with pytest.raises(onnxport.VerificationError):
+        onnxport.verify(tmp_path / "other.onnx", module, ROWS)
+    assert DOUBLES

@@ -35,13 +35,14 @@ __all__ = [
     "mapped_weights",
     "twin_of",
     "with_weights_as_inputs",
+    "write_all",
     "write_external",
     "write_inline",
 ]
 
-_GRAPH, _INITIALIZER, _INPUT, _RAW_DATA = 7, 5, 11, 9
+_GRAPH, _INITIALIZER, _INPUT, _RAW_DATA, _METADATA = 7, 5, 11, 9, 14
 """Field numbers of ``ModelProto.graph``, ``GraphProto.initializer``, ``GraphProto.input``,
-``TensorProto.raw_data``."""
+``TensorProto.raw_data``, ``ModelProto.metadata_props``."""
 
 _LENGTH_DELIMITED = 2
 SMALL_BYTES = 4096
@@ -67,10 +68,10 @@ def write_inline(
         tensors: One for each slot, in order; contiguous, on the CPU.
     """
     openings = [_opening(slot) for slot in slots]
-    _write(file, _beginning(head, graph, slots))
+    write_all(file, _beginning(head, graph, slots))
     for opening, slot, tensor in zip(openings, slots, tensors, strict=True):
-        _write(file, opening)
-        _write(file, _checked(slot, tensor))
+        write_all(file, opening)
+        write_all(file, _checked(slot, tensor))
 
 
 def write_external(
@@ -93,13 +94,13 @@ def write_external(
         slots: See :func:`write_inline`.
         tensors: See :func:`write_inline`.
     """
-    _write(file, _beginning(head, graph, slots, location))
+    write_all(file, _beginning(head, graph, slots, location))
     for slot, tensor in zip(slots, tensors, strict=True):
-        _write(data, b"\0" * (-data.tell() % _ALIGNMENT))
-        _write(data, _checked(slot, tensor))
+        write_all(data, b"\0" * (-data.tell() % _ALIGNMENT))
+        write_all(data, _checked(slot, tensor))
 
 
-def _write(file: RawIOBase, content: bytes | memoryview) -> None:
+def write_all(file: RawIOBase, content: bytes | memoryview) -> None:
     """Write all of it: past 2 GB one call of the system takes only a part."""
     rest = memoryview(content)
     while rest.nbytes:
@@ -175,21 +176,21 @@ def mapped_weights(
         OSError: If it cannot be read.
     """
     data = path.with_name(f"{path.name}.data")
-    location = data.name if data.exists() else None
-    beginning = _beginning(head, graph, slots, location)
-    raw = _mapped(path)
-    same = raw[: len(beginning)] == beginning
-    if location is not None:
-        places = list(_offsets(slots))
-        raw = _mapped(data) if slots else raw
+    external = data.exists()
+    beginning = _beginning(head, graph, slots, data.name if external else None)
+    model, end = _mapped(path), len(beginning)
+    same = model[:end] == beginning
+    if external:
+        raw, places = _mapped(data) if slots else model, list(_offsets(slots))
     else:
-        places, place = [], len(beginning)
+        raw, places = model, []
         for slot in slots:
             opening = _opening(slot)
-            same = same and raw[place : place + len(opening)] == opening
-            places.append(place + len(opening))
-            place += len(opening) + slot.nbytes
-    if not same or any(p + s.nbytes > len(raw) for p, s in zip(places, slots, strict=True)):
+            same = same and model[end : end + len(opening)] == opening
+            places.append(end + len(opening))
+            end += len(opening) + slot.nbytes
+    whole = all(p + s.nbytes <= len(raw) for p, s in zip(places, slots, strict=True))
+    if not (same and whole and all(f[0] == _METADATA for f in _fields(model, end, len(model)))):
         raise PublishError(f"{path.name} is not the file that was written.")
     return {
         slot.name: np.frombuffer(

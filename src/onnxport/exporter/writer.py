@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
-from onnxport.exporter.model_file import write_external, write_inline
+from onnxport.exporter.model_file import write_all, write_external, write_inline
 from onnxport.exporter.ownership import METADATA_PREFIX, is_our_report, is_ours
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def write_filled(
         # A protobuf message may have its fields in any order, and be written field by field.
         props = onnx.ModelProto()
         onnx.helper.set_model_props(props, _props(metadata()))
-        file.write(props.SerializeToString())
+        write_all(file, props.SerializeToString())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ class Candidate:
         Raises:
             VerificationError: If it is wrong.
         """
+        if self._synced is not None:
+            wait([self._synced])  # it is about the file that is now written anew
         with self.watch.stage("write"):
             self._write(rung, model)
             drop_weights(model)
@@ -124,8 +127,11 @@ class Candidate:
         write_filled(self._template, self._staged, tensors, lambda: metadata, sync=False)
 
     def _metadata(self, rung: Rung) -> dict[str, object]:
-        facts = facts_of(self.job, self.plan, self._proof, rung)
-        return facts | origin_of(self.job, self._digest.result())
+        try:
+            digest = self._digest.result()
+        except Exception as error:  # no core is to blame
+            raise ExportError(f"The weights cannot be hashed: {error}") from error
+        return facts_of(self.job, self.plan, self._proof, rung) | origin_of(self.job, digest)
 
     def blueprint(self, rung: Rung, report: ExportReport) -> tuple[Blueprint | None, str]:
         """Return what the next checkpoint needs; or none, and why it needs an export of its own."""

@@ -18,7 +18,7 @@ from onnxport.validation.budget import pinned_reference
 from onnxport.validation.session import CPU, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from onnxport.config import Tolerance
@@ -87,10 +87,10 @@ def why_incomplete(
             for out, each in zip(outputs, noise, strict=True)
         ),
     )
-    if not _agrees(signature, opened.with_tensors(tensors, CPU), case):
-        path = folder / "completeness.onnx"
+    path = folder / "completeness.onnx"
+    if not _agrees(signature, lambda: opened.with_tensors(tensors, CPU), case):
         write_filled(opened.template, path, tensors, dict, sync=False)
-        if not _agrees(signature, Session(path, CPU, in_place=True), case):
+        if not _agrees(signature, lambda: Session(path, CPU, in_place=True), case):
             return (
                 "Each checkpoint of this module needs an export of its own: the graph holds "
                 "something that was computed from the weights in Python, or changed by a patch."
@@ -98,10 +98,13 @@ def why_incomplete(
     return ""
 
 
-def _agrees(signature: ModelSignature, model: Session | Filled | None, case: Case) -> bool:
-    if model is None:
-        return False
+def _agrees(
+    signature: ModelSignature, load: Callable[[], Session | Filled | None], case: Case
+) -> bool:
     try:
+        model = load()
+        if model is None:
+            return False
         check_case(signature, model, case, ())
     except VerificationError as error:
         logger.debug("The template is incomplete: %s", error)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from onnxport.errors import VerificationError
 from onnxport.exporter.model_file import mapped_weights, with_weights_as_inputs
-from onnxport.validation.session import Session
+from onnxport.validation.session import CPU, Session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,8 +54,8 @@ class OpenTemplate:
             provider: Execution provider.
 
         Returns:
-            ``None`` where the graph does not load without its weights: some operators want these
-            to be constants.
+            ``None`` where the graph does not load without its weights, because some operators want
+            these to be constants, and on accelerators, where a session that stays takes memory.
 
         Raises:
             PublishError: If the file was not written from the template.
@@ -70,7 +70,13 @@ class OpenTemplate:
         names = [slot.name for slot in self.template.slots]
         return None if session is None else Filled(session, dict(zip(names, tensors, strict=True)))
 
+    def close(self) -> None:
+        """Let go of the sessions; they are made again when they are asked for."""
+        self._sessions.clear()
+
     def _session(self, provider: str) -> Session | None:
+        if provider != CPU:
+            return None  # an accelerator's memory is training's
         if provider not in self._sessions:
             template = self.template
             model = with_weights_as_inputs(template.head, template.graph, template.slots)

@@ -47,8 +47,11 @@ VARIANTS: Mapping[str, Callable[[Tensors], Tensors]] = {
 """Rows made from real ones that may take other branches of the module."""
 SMALL_BATCH = 2
 LARGE_FILE = 32 * 2**20
+FEW = 16
+"""Elements of outputs."""
 FLOAT64_S = 0.15
-"""Seconds of runs in float64 after which no more are made: some take seven times as long."""
+"""Seconds in float64, the copy of the module included, after which no more runs are made: some
+take seven times as long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +110,10 @@ class Proof:
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The widest budget of any element of each output, in units of the output."""
+        """The widest budget of any element of each output, in units of the output.
+
+        A case that had to be refined may have a wider one; its check says so.
+        """
         names = [spec.name for spec in self._plan.signature.outputs]
         return {
             name: max(_widest(case.references[place]) for case in self.cases)
@@ -155,8 +161,13 @@ class Proof:
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
         real = [place for place, case in enumerate(kept) if case[0] == REAL]
-        # Real rows first, and of these the quickest: what rounding costs is seen on few rows, too.
-        order = sorted(range(len(kept)), key=lambda place: (place not in real, seconds[place]))
+        # Real rows first, and of these the quickest: what rounding costs is seen on few rows, too,
+        # but not in a number or two, which may be exact by luck.
+        sizes = [sum(out.numel() for out in case[2]) for case in kept]
+        order = sorted(
+            range(len(kept)),
+            key=lambda place: (place not in real, sizes[place] < FEW, seconds[place]),
+        )
         runs = _run_double(self._plan.flat, [kept[place][1] for place in order])
         doubles = dict(zip(order, runs, strict=True))
         exact = [(kept[place][2], doubles[place]) for place in real if doubles[place]]
@@ -192,7 +203,10 @@ class Proof:
             # Changed rows may be out of the module's domain: their rounding says nothing of real
             # ones.
             others = exact if rows == REAL else ()
-            refine = cache(partial(self._refined, inputs, outputs, others))
+            # No method: a case that knew the proof would keep the module when both are done with.
+            refine = cache(
+                partial(_refined, self._plan.flat, tolerance, inputs, outputs, others, self.noise)
+            )
         else:
             runs = [*exact, (outputs, double)] if rows == REAL else [(outputs, double)]
             references = _last_references(runs, tolerance)
@@ -203,13 +217,6 @@ class Proof:
             references=references,
             refine=refine,
         )
-
-    def _refined(
-        self, inputs: Tensors, outputs: Tensors, exact: Sequence[tuple[Tensors, Tensors | None]]
-    ) -> tuple[Reference, ...]:
-        """Return references of a run in float64, or of the run that there is."""
-        (double,) = _run_double(self._plan.flat, [inputs])
-        return _last_references([*exact, (outputs, double)], self._verify.tolerance)
 
     def _wanted(self) -> list[tuple[str, Tensors]]:
         wanted = [self._at_batch(size) for size in self._batch_sizes()] or [self._plan.calls[0]]
@@ -353,6 +360,31 @@ def _check(
 
 def _all_finite(outputs: Tensors) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point())
+
+
+def _refined(
+    flat: FlatModule,
+    tolerance: Tolerance,
+    inputs: Tensors,
+    outputs: Tensors,
+    exact: Sequence[tuple[Tensors, Tensors | None]],
+    noise: list[float],
+) -> tuple[Reference, ...]:
+    """Return references of a run in float64, or of the run that there is.
+
+    Args:
+        flat: The module.
+        tolerance: Factor of the budget.
+        inputs: What was fed.
+        outputs: What came out.
+        exact: Outputs of the real runs before it; none, and these rows are not real ones.
+        noise: PyTorch's relative error in each output; of real rows it learns from this run.
+    """
+    (double,) = _run_double(flat, [inputs])
+    runs = [*exact, (outputs, double)]
+    if exact:
+        noise[:] = map(max, noise, pooled_noise(*zip(*runs, strict=True)))
+    return _last_references(runs, tolerance)
 
 
 def _last_references(

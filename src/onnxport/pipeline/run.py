@@ -24,7 +24,7 @@ from onnxport.exporter.writer import (
 from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
-from onnxport.pipeline.job import SourceLostError
+from onnxport.pipeline.job import GivenModule, SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
@@ -163,9 +163,10 @@ class Pipeline:
     # --- export -----------------------------------------------------------------------------
 
     def _export(self, job: ExportJob, draft: ExportReport, watch: Stopwatch) -> ExportReport:
-        state = job.source.state()
         with ThreadPoolExecutor(1) as pool:  # hashing and the disk leave Python to others
-            digest = pool.submit(weights_sha256, state)
+            digest = pool.submit(weights_sha256, job.source.state())
+            if isinstance(job.source, GivenModule):
+                digest.result()  # before the module runs: it may write to its own weights
             report = self._export_beside(job, draft, watch, digest, pool)
             return replace(report, weights_sha256=digest.result())
 

@@ -139,7 +139,10 @@ class Session:
         providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
         try:
             self._session = ort.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=providers
+                model if isinstance(model, bytes) else str(model),
+                options,
+                providers=providers,
+                enable_fallback=0,  # to the CPU, in silence and for good
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common public base
             raise VerificationError(f"ONNX Runtime does not load the model: {error}") from error
@@ -170,12 +173,12 @@ class Session:
             VerificationError: If ONNX Runtime fails.
         """
         wanted = set(self.input_names)
-        feeds = {
-            name: self._ort_value(tensor)
-            for name, tensor in zip(names, tensors, strict=True)
-            if name in wanted
-        }
         try:
+            feeds = {
+                name: self._ort_value(tensor)
+                for name, tensor in zip(names, tensors, strict=True)
+                if name in wanted
+            }
             values = self._session.run_with_ort_values(None, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common public base
             raise VerificationError(f"ONNX Runtime fails: {_short(error)}", checks) from error

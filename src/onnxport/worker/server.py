@@ -149,6 +149,9 @@ class _Server:
 
         session = self.sessions.get(job.session)
         if session is None:
+            for other in self.sessions.values():  # of earlier fits, as far as anybody knows
+                if other.pipeline.blueprint is not None:
+                    other.pipeline.blueprint.opened.close()
             session = self.sessions[job.session] = _Session(Pipeline())
         session.pipeline.tell = lambda stage, rung: send(
             self.channel, StageBegun(job.number, stage, rung)
