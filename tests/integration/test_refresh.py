@@ -282,12 +282,28 @@ def test_a_change_that_ordinary_rows_do_not_show_is_seen_by_what_changed(tmp_pat
     assert_computes(tmp_path / "1.onnx", module, 8 * x)
 
 
-def test_a_counter_that_makes_no_difference_costs_no_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("core", ["dynamo", "trace"])
+def test_a_counter_is_watched_until_it_has_made_no_other_graph_three_times(
+    core: str, tmp_path: Path
+) -> None:
     module, x, pipeline = Moody(), torch.randn(4, 6), Pipeline()
+    hows = []
     for number in range(6):
         module.count = number
+        report = run(pipeline, module, x, tmp_path / f"{number}.onnx", core=core)
+        hows.append(report.how)
+        if number in {1, 2, 3}:
+            assert "count changed" in report.attempts[0].reason
+    assert hows == [*["export"] * 4, *["refresh"] * 2]
+
+
+def test_a_number_that_no_row_reaches_is_never_left_as_it_was(tmp_path: Path) -> None:
+    module, x, pipeline = Limited(), torch.randn(4, 6).clamp(-3, 3), Pipeline()
+    for number in range(7):
+        module.limit = 1000.0 - 100 * number
         report = run(pipeline, module, x, tmp_path / f"{number}.onnx", core="trace")
-        assert report.how == ("refresh" if number else "export")
+        assert (report.ok, report.how) == (True, "export")
+        assert_computes(tmp_path / f"{number}.onnx", module, 1e4 * x)
 
 
 @pytest.mark.parametrize("change", ["grown", "pruned", "resized"])

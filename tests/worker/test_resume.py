@@ -406,3 +406,36 @@ def test_an_older_order_does_not_settle_what_is_owed_anew(tmp_path: Path) -> Non
     for finished, left in zip(runner.finish, (1, 0), strict=True):
         finished(None, None)
         assert len(list(owed([tmp_path]))) == left
+
+
+class Sharp(zoo.Classifier):
+    """Divides by a number that is no weight and is not in the checkpoint."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+        self.temperature = temperature
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        return super().forward(image) / self.temperature
+
+
+@pytest.mark.parametrize("now", [0.5, 1.0])
+def test_the_next_fit_makes_what_is_owed_only_as_the_module_was_then(
+    tmp_path: Path, now: float
+) -> None:
+    checkpoints = zoo.checkpoints(tmp_path, save_top_k=-1)
+    first = OnnxExport(core="trace", background=Background(drain_s=0))
+    zoo.trainer(tmp_path, checkpoints, first, epochs=1).fit(Sharp(0.5), zoo.loader())
+    folder = tmp_path / "checkpoints"
+    debts = list(owed([folder]))
+    if not debts:
+        pytest.skip("the machine was quick enough")
+    again = OnnxExport(core="trace", background=Background(drain_s=300))
+    module = Sharp(now)
+    later = zoo.checkpoints(tmp_path, save_top_k=-1, filename="later-{epoch}")
+    zoo.trainer(tmp_path, later, again, epochs=1).fit(module, zoo.loader())
+    made = [debt.model.exists() for debt in debts]
+    assert made == [now == 0.5] * len(debts)
+    assert [debt.model for debt in owed([folder])] == ([] if now == 0.5 else [debts[0].model])
+    assert [report.ok for report in again.reports].count(False) == (now != 0.5)

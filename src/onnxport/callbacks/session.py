@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from onnxport.config import ExportOptions
     from onnxport.errors import ExportError
     from onnxport.exporter.target import Target
+    from onnxport.pipeline import LiveReference
     from onnxport.tracking.base import Tracker
     from onnxport.tree import Example
 
@@ -66,11 +67,13 @@ class Saved:
         path: Where the model goes.
         origin: Where the weights come from.
         file: A file that holds the ``state_dict`` as ``torch.save`` writes it, or ``None``.
+        reference: What the module computed with them, where it cannot be asked any more.
     """
 
     state: Mapping[str, Any]
     path: Path
     file: Path | None = None
+    reference: LiveReference | None = None
     origin: Provenance = field(default_factory=Provenance)
 
 
@@ -181,7 +184,9 @@ class ExportSession:
 
         def finished(report: ExportReport | None, example: Example | None) -> None:
             self._small = example or self._small
-            if self._latest.get(path) == place:  # else the file was saved again, and is owed anew
+            # Else the file was saved again, and is owed anew; or the module is not as it was then.
+            paid = alive or report is None or report.ok
+            if self._latest.get(path) == place and paid:
                 settle(path)
             if report is None:
                 logger.debug("%s is gone; it gets no model.", path)
@@ -256,7 +261,9 @@ class ExportSession:
                 self.failed(str(error), origin)
                 settle(path)
                 continue
-            saved = Saved(state=state, path=path, origin=origin, file=file)
+            saved = Saved(
+                state=state, path=path, origin=origin, file=file, reference=debt.reference
+            )
             self.saved(saved, alive=False)
 
     def _begin(
@@ -270,7 +277,7 @@ class ExportSession:
                     self._folders.add(saved.path.parent)
                     template = template_path(saved.path, self._id)
                     job = replace(job, template=template)
-                    if job.reference is not None:
+                    if job.reference is not None and alive:
                         note(saved.path, self._name, saved.origin, job)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
@@ -385,7 +392,7 @@ class ExportSession:
             options=self._options,
             target=self._target if callable(self._target) else plain_name(watched),
             provenance=saved.origin,
-            reference=reference,
+            reference=reference if alive else saved.reference,
             fingerprint=fingerprint(self._module),
         )
         return job, live

@@ -38,8 +38,8 @@ LARGE_BYTES = 32 * 2**20
 """Of larger models one row is run, in training and in the proof: it passes all weights."""
 
 INDIFFERENT = 3
-"""An attribute that changed this often, and made no difference in any full proof, is watched no
-more: a counter. That it makes one later shows in what the live module computes."""
+"""An attribute that changed this often, and left the graph as it was in each new export, is watched
+no more: a counter. That it makes a difference later shows in what the live module computes."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class Blueprint:
         example: A call of few rows, for the live module; ``None`` where the target gets more than
             the model does.
         metadata: What the file says of itself, but for the checkpoint.
-        changes: How often an attribute has changed and made no difference.
+        changes: How often an attribute has changed and the next export gave the same graph.
     """
 
     opened: OpenTemplate
@@ -176,10 +176,11 @@ class Blueprint:
         changed = changed_paths(self.fingerprint, job.fingerprint)
         return frozenset(path for path in changed if self.changes[path] < often)
 
-    def accept(self, job: ExportJob) -> None:
-        """Note that a full proof found no difference between the model and the changed module."""
-        self.changes.update(self.changed(job))
-        self.fingerprint = job.fingerprint
+    def learn_from(self, before: Blueprint) -> None:
+        """Count which attributes changed since an earlier export, and made no other graph."""
+        self.changes = before.changes
+        if self.fingerprint is not None and self.template == before.template:
+            self.changes.update(changed_paths(before.fingerprint or {}, self.fingerprint))
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

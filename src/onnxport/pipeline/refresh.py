@@ -11,6 +11,7 @@ import torch
 
 from onnxport.errors import VerificationError
 from onnxport.exporter.model_file import twin_of
+from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import sync_model, write_filled
 from onnxport.inputs.resize import current_sizes, resize, take
@@ -84,6 +85,10 @@ def refresh(
         with timed("refresh"):
             state = job.source.state()
             blueprint.require_fit(job, state)
+            changed = blueprint.changed(job)
+            if changed and _has_module(job):
+                # Rows may not reach what it decides, but the graph may hold it.
+                raise StaleTemplateError(f"{', '.join(sorted(changed))} changed, and is no weight.")
             digest = pool.submit(weights_sha256, state)
             write_filled(
                 blueprint.template,
@@ -96,6 +101,13 @@ def refresh(
         synced = pool.submit(sync_model, staged)  # the disk works while the model is proven
         with timed("prove"):
             checks, warnings = _prove(blueprint, job, staged)
+            if changed:
+                text = (
+                    f"{', '.join(sorted(changed))} changed since the graph was made, and is no "
+                    "weight. The module is not here to be exported anew; what it computed in "
+                    "training was compared."
+                )
+                warnings = (*warnings, text)
         with timed("sync"):
             synced.result()
     return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings)
@@ -110,9 +122,8 @@ def _prove(
         ModuleMissingError: If the module is needed and is not here.
         VerificationError: If the model is wrong.
     """
-    live, changed = tuple(_live_cases(blueprint, job)), blueprint.changed(job)
-    wrong = ""
-    if live and not changed:
+    live, wrong = tuple(_live_cases(blueprint, job)), ""
+    if live:
         try:
             return _judge(blueprint, job, staged, live), ()
         except VerificationError as error:
@@ -122,19 +133,23 @@ def _prove(
     try:
         plan = blueprint.plan_for(*target_of(job, warnings))
     except ModuleMissingError as error:
-        if not live or not changed:
-            error.add_note(wrong)
-            raise
-        return _judge(blueprint, job, staged, live), ()
-    if not live and not changed:
+        error.add_note(wrong)
+        raise
+    if not live:
         try:
             return _judge(blueprint, job, staged, (_own_case(blueprint, plan, job),)), (*warnings,)
         except VerificationError:
             logger.debug("The quick proof failed: more is tried.", exc_info=True)
     proof = Proof(plan, job.options.verify)
-    checks = _judge(blueprint, job, staged, proof.cases)
-    blueprint.accept(job)
-    return checks, (*warnings, *proof.warnings)
+    return _judge(blueprint, job, staged, proof.cases), (*warnings, *proof.warnings)
+
+
+def _has_module(job: ExportJob) -> bool:
+    try:
+        job.source.module()
+    except ModuleMissingError:
+        return False
+    return True
 
 
 def _judge(

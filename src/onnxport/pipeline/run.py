@@ -85,9 +85,10 @@ class Pipeline:
         stale: tuple[Attempt, ...] = ()
         try:
             require_replaceable(job.path)
+            known = self.blueprint
             report, stale = self._refresh(job, draft, watch)
             if report is None:
-                report = self._export(job, replace(draft, attempts=stale), watch)
+                report = self._export(job, replace(draft, attempts=stale), watch, known)
         except SourceLostError as error:
             for attempt in stale:
                 error.add_note(attempt.reason)
@@ -120,7 +121,6 @@ class Pipeline:
         known = self.blueprint
         if known is None:
             return None, ()
-        before = known.fingerprint
         core, start = known.rung.core.name, time.perf_counter()
         attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
         try:
@@ -133,9 +133,7 @@ class Pipeline:
                     lambda digest: dict(known.metadata) | origin_of(job, digest),
                     watch.stage,
                 )
-                if job.template is not None and (
-                    known.fingerprint is not before or not job.template.exists()
-                ):
+                if job.template is not None and not job.template.exists():
                     save_blueprint(known, job.template)
                 _publish(job, staged, watch)
         except (StaleTemplateError, VerificationError) as error:
@@ -162,12 +160,17 @@ class Pipeline:
 
     # --- export -----------------------------------------------------------------------------
 
-    def _export(self, job: ExportJob, draft: ExportReport, watch: Stopwatch) -> ExportReport:
+    def _export(
+        self, job: ExportJob, draft: ExportReport, watch: Stopwatch, before: Blueprint | None
+    ) -> ExportReport:
+        """Export; ``before`` is what was known until now."""
         with ThreadPoolExecutor(1) as pool:  # hashing and the disk leave Python to others
             digest = pool.submit(weights_sha256, job.source.state())
             if isinstance(job.source, GivenModule):
                 digest.result()  # before the module runs: it may write to its own weights
             report = self._export_beside(job, draft, watch, digest, pool)
+            if before is not None and self.blueprint is not None:
+                self.blueprint.learn_from(before)
             return replace(report, weights_sha256=digest.result())
 
     def _export_beside(
