@@ -283,10 +283,26 @@ def test_a_change_that_ordinary_rows_do_not_show_is_seen_by_what_changed(tmp_pat
 
 
 @pytest.mark.parametrize("core", ["dynamo", "trace"])
+def test_a_counter_that_no_run_looks_at_costs_no_export(core: str, tmp_path: Path) -> None:
+    module, x, pipeline = Moody(), torch.randn(4, 6), Pipeline()
+    for number in range(5):
+        module.count = number
+        report = run(pipeline, module, x, tmp_path / f"{number}.onnx", core=core)
+        assert report.how == ("refresh" if number else "export")
+
+
+class Counting(Moody):
+    """Looks at its counter, to no avail."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.count < 100 else x
+
+
+@pytest.mark.parametrize("core", ["dynamo", "trace"])
 def test_a_counter_is_watched_until_it_has_made_no_other_graph_three_times(
     core: str, tmp_path: Path
 ) -> None:
-    module, x, pipeline = Moody(), torch.randn(4, 6), Pipeline()
+    module, x, pipeline = Counting(), torch.randn(4, 6), Pipeline()
     hows = []
     for number in range(6):
         module.count = number

@@ -128,7 +128,7 @@ def owed(
                 there, gone = found.checkpoint.is_file(), found.checkpoint.parent.is_dir()
             except Exception as error:
                 logger.debug("%s says nothing.", marker, exc_info=True)  # damaged, or of others
-                unclear(_model(marker), f"{marker} cannot be read: {type(error).__name__}: {error}")
+                unclear(_model(marker), f"{marker} is damaged ({type(error).__name__}).")
                 continue
             if name not in {None, found.name}:
                 continue

@@ -30,6 +30,7 @@ __all__ = ["resume"]
 logger = logging.getLogger(__name__)
 
 _NEXT_FIT = "The next fit with this checkpoint folder makes the model."
+_NO_USE = "Remove its .pending file, and the model is owed no more."
 
 
 def resume(
@@ -73,7 +74,7 @@ def resume(
         tell(report)
 
     def unclear(model: Path, why: str) -> None:
-        made(ExportReport.of_failure(f"{why} {_NEXT_FIT}", Provenance(checkpoint=str(model))))
+        made(ExportReport.of_failure(f"{why} {_NO_USE}", Provenance(checkpoint=str(model))))
 
     for debt in owed([root], unclear=unclear):
         report = _pay(debt, pipelines)
@@ -117,7 +118,8 @@ def _pay(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportR
     except Exception as error:  # values in a damaged note may be of any kind
         logger.debug("%s could not be made.", debt.model, exc_info=True)
         why = f"The note of {debt.model} is damaged: {type(error).__name__}: {error}."
-    return ExportReport.of_failure(f"{why} {_NEXT_FIT}", debt.origin)
+    origin = replace(debt.origin, checkpoint=str(debt.checkpoint))
+    return ExportReport.of_failure(f"{why} {_NEXT_FIT}", origin)
 
 
 def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportReport:

@@ -210,7 +210,7 @@ class WorkerRunner:
         )
         if left:
             self._worker.abandon(self._session)
-        return [order.job.path for order in left]
+        return [order.job.path for order in left if not order.job.only_try]
 
     def close(self) -> None:
         """Let the worker go when it has nothing to do."""

@@ -329,10 +329,10 @@ class ExportSession:
                 "waits (Background(drain_s=))."
             )
             if is_owed(path):
-                text += (
-                    f" `onnxport resume {path.parent}` or the next fit with this checkpoint folder "
-                    "makes it."
-                )
+                resume = f"`onnxport resume {path.parent}` or the next fit"
+                if not template_path(path, self._id).exists():
+                    resume = "The next fit"  # there is no graph that weights could be filled into
+                text += f" {resume} with this checkpoint folder makes it."
             logger.warning(text)
             self._kept.keep(
                 ExportReport(ok=False, error=text), {"total": limit_s}, self._kept.next_place()

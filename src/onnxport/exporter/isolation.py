@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["isolated", "watched"]
+__all__ = ["attributes_read", "isolated", "watched"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,28 @@ def watched(module: nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
         before = _fingerprint(module)
         result = run()
         return result, before != _fingerprint(module)
+
+
+def attributes_read(module: nn.Module, run: Callable[[], object]) -> frozenset[str]:
+    """Return which attributes of a module and its parts a run looks at, as ``<part>.<name>``."""
+    seen: set[str] = set()
+    kinds = [(part, type(part)) for part in module.modules()]
+    try:
+        for name, part in module.named_modules():
+            part.__class__ = _watching(type(part), f"{name}." if name else "", seen)
+        run()
+    finally:
+        for part, kind in kinds:
+            part.__class__ = kind
+    return frozenset(seen)
+
+
+def _watching(kind: type[nn.Module], prefix: str, seen: set[str]) -> type[nn.Module]:
+    def look(self: nn.Module, name: str) -> Any:
+        seen.add(prefix + name)
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__getattribute__": look, "__module__": kind.__module__})
 
 
 def _fingerprint(module: nn.Module) -> list[Any]:

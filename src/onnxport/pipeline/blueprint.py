@@ -176,6 +176,11 @@ class Blueprint:
         changed = changed_paths(self.fingerprint, job.fingerprint)
         return frozenset(path for path in changed if self.changes[path] < often)
 
+    def accept(self, job: ExportJob) -> None:
+        """Note that what changed is nothing that a run of the module looks at."""
+        self.changes.update(self.changed(job))
+        self.fingerprint = job.fingerprint
+
     def learn_from(self, before: Blueprint) -> None:
         """Count which attributes changed since an earlier export, and made no other graph."""
         self.changes = before.changes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport.errors import VerificationError
+from onnxport.exporter.isolation import attributes_read
 from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
@@ -87,8 +88,12 @@ def refresh(
             blueprint.require_fit(job, state)
             changed = blueprint.changed(job)
             if changed and _has_module(job):
-                # Rows may not reach what it decides, but the graph may hold it.
-                raise StaleTemplateError(f"{', '.join(sorted(changed))} changed, and is no weight.")
+                if read := changed & _read_by(blueprint, job):
+                    # Rows may not reach what it decides, but the graph may hold it.
+                    text = ", ".join(sorted(read))
+                    raise StaleTemplateError(f"{text} changed, and is no weight.")
+                blueprint.accept(job)
+                changed = frozenset()
             digest = pool.submit(weights_sha256, state)
             write_filled(
                 blueprint.template,
@@ -142,6 +147,19 @@ def _prove(
             logger.debug("The quick proof failed: more is tried.", exc_info=True)
     proof = Proof(plan, job.options.verify)
     return _judge(blueprint, job, staged, proof.cases), (*warnings, *proof.warnings)
+
+
+def _read_by(blueprint: Blueprint, job: ExportJob) -> frozenset[str]:
+    """Return the attributes that a run of the module looks at: no other is in the graph.
+
+    A script has branches that no run took; of these all that changed counts.
+    """
+    plan = blueprint.plan_for(*target_of(job, []))
+    seen = attributes_read(plan.root, lambda: run_flat(plan.flat, plan.calls[0], isolate=True))
+    everything = blueprint.changed(job)
+    if "script" in blueprint.rung.key:
+        return everything
+    return frozenset(path for path in everything if path in seen or path.endswith(")"))
 
 
 def _has_module(job: ExportJob) -> bool:

@@ -121,6 +121,7 @@ class Pipeline:
         known = self.blueprint
         if known is None:
             return None, ()
+        before = known.fingerprint
         core, start = known.rung.core.name, time.perf_counter()
         attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
         try:
@@ -133,7 +134,9 @@ class Pipeline:
                     lambda digest: dict(known.metadata) | origin_of(job, digest),
                     watch.stage,
                 )
-                if job.template is not None and not job.template.exists():
+                if job.template is not None and (
+                    known.fingerprint is not before or not job.template.exists()
+                ):
                     save_blueprint(known, job.template)
                 _publish(job, staged, watch)
         except (StaleTemplateError, VerificationError) as error:
