@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["attributes_read", "isolated", "watched"]
+__all__ = ["attributes_read", "isolated", "plain_attributes", "watched"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,16 @@ def attributes_read(module: nn.Module, run: Callable[[], object]) -> frozenset[s
         for part, kind in kinds:
             part.__class__ = kind
     return frozenset(seen)
+
+
+def plain_attributes(module: nn.Module) -> frozenset[str]:
+    """Return the attributes of a module and its parts that hold no tensor, as above."""
+    return frozenset(
+        f"{name}.{key}" if name else key
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if not isinstance(value, torch.Tensor)
+    )
 
 
 def _watching(kind: type[nn.Module], prefix: str, seen: set[str]) -> type[nn.Module]:

@@ -182,9 +182,12 @@ class Blueprint:
         self.fingerprint = job.fingerprint
 
     def learn_from(self, before: Blueprint) -> None:
-        """Count which attributes changed since an earlier export, and made no other graph."""
-        self.changes = before.changes
+        """Count which attributes changed since an earlier export, and made no other graph.
+
+        Another graph may hold what the one before did not: all is counted anew.
+        """
         if self.fingerprint is not None and self.template == before.template:
+            self.changes = before.changes
             self.changes.update(changed_paths(before.fingerprint or {}, self.fingerprint))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport.errors import VerificationError
-from onnxport.exporter.isolation import attributes_read
+from onnxport.exporter.isolation import attributes_read, plain_attributes
 from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
@@ -88,10 +88,7 @@ def refresh(
             blueprint.require_fit(job, state)
             changed = blueprint.changed(job)
             if changed and _has_module(job):
-                if read := changed & _read_by(blueprint, job):
-                    # Rows may not reach what it decides, but the graph may hold it.
-                    text = ", ".join(sorted(read))
-                    raise StaleTemplateError(f"{text} changed, and is no weight.")
+                _require_unread(blueprint, job, changed)
                 blueprint.accept(job)
                 changed = frozenset()
             digest = pool.submit(weights_sha256, state)
@@ -149,17 +146,29 @@ def _prove(
     return _judge(blueprint, job, staged, proof.cases), (*warnings, *proof.warnings)
 
 
-def _read_by(blueprint: Blueprint, job: ExportJob) -> frozenset[str]:
-    """Return the attributes that a run of the module looks at: no other is in the graph.
+def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str]) -> None:
+    """Refuse a graph that may hold what has changed, though no row may reach what that decides.
 
-    A script has branches that no run took; of these all that changed counts.
+    What no run of the module looks at is not in it. Of a script all counts, for it has branches
+    that no run took; so do tensors, which are found in other ways than by their names.
+
+    Raises:
+        StaleTemplateError: With the names of what has changed.
     """
-    plan = blueprint.plan_for(*target_of(job, []))
-    seen = attributes_read(plan.root, lambda: run_flat(plan.flat, plan.calls[0], isolate=True))
-    everything = blueprint.changed(job)
-    if "script" in blueprint.rung.key:
-        return everything
-    return frozenset(path for path in everything if path in seen or path.endswith(")"))
+    read = changed
+    if "script" not in blueprint.rung.key:
+        try:
+            plan = blueprint.plan_for(*target_of(job, []))
+            calls = (*plan.calls, plan.request(job.options.opset).args)
+            seen = attributes_read(
+                plan.root, lambda: [run_flat(plan.flat, call, isolate=True) for call in calls]
+            )
+            plain = plain_attributes(plan.root)
+            read = frozenset(path for path in changed if path in seen or path not in plain)
+        except Exception:
+            logger.debug("It is not known what a run looks at.", exc_info=True)
+    if read:
+        raise StaleTemplateError(f"{', '.join(sorted(read))} changed, and is no weight.")
 
 
 def _has_module(job: ExportJob) -> bool:
