@@ -313,6 +313,43 @@ def test_a_counter_is_watched_until_it_has_made_no_other_graph_three_times(
     assert hows == [*["export"] * 4, *["refresh"] * 2]
 
 
+class Gated(Limited):
+    """Cuts only once a flag is set."""
+
+    cuts = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.cuts else self.net(x)
+
+
+def test_what_no_run_looked_at_is_watched_again_when_one_does(tmp_path: Path) -> None:
+    module, x, pipeline = Gated(), torch.randn(4, 6).clamp(-3, 3), Pipeline()
+    hows = []
+    for number in range(9):
+        module.limit, module.cuts = 1000.0 - 100 * number, number > 4
+        report = run(pipeline, module, x, tmp_path / f"{number}.onnx", core="trace")
+        hows.append(report.how)
+        assert_computes(tmp_path / f"{number}.onnx", module, 1e4 * x)
+    assert hows == ["export", *["refresh"] * 4, *["export"] * 4]
+
+
+class Fixed(Moody):
+    """Refuses to become an instance of another class, so that nobody can watch it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise TypeError("fixed")
+        super().__setattr__(name, value)
+
+
+def test_where_nobody_can_watch_all_counts(tmp_path: Path) -> None:
+    module, x, pipeline = Fixed(), torch.randn(4, 6), Pipeline()
+    for number in range(2):
+        module.count = number
+        report = run(pipeline, module, x, tmp_path / f"{number}.onnx", core="trace")
+        assert (report.ok, report.how) == (True, "export")
+
+
 def test_a_number_that_no_row_reaches_is_never_left_as_it_was(tmp_path: Path) -> None:
     module, x, pipeline = Limited(), torch.randn(4, 6).clamp(-3, 3), Pipeline()
     for number in range(7):

@@ -171,9 +171,7 @@ class Pipeline:
             digest = pool.submit(weights_sha256, job.source.state())
             if isinstance(job.source, GivenModule):
                 digest.result()  # before the module runs: it may write to its own weights
-            report = self._export_beside(job, draft, watch, digest, pool)
-            if before is not None and self.blueprint is not None:
-                self.blueprint.learn_from(before)
+            report = self._export_beside(job, draft, watch, before, digest, pool)
             return replace(report, weights_sha256=digest.result())
 
     def _export_beside(
@@ -181,6 +179,7 @@ class Pipeline:
         job: ExportJob,
         draft: ExportReport,
         watch: Stopwatch,
+        before: Blueprint | None,
         digest: Future[str],
         pool: Executor,
     ) -> ExportReport:
@@ -216,6 +215,8 @@ class Pipeline:
                 )
                 with watch.stage("template"):
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
+                    if before is not None and self.blueprint is not None:
+                        self.blueprint.learn_from(before)
                     if job.template is not None:
                         save_blueprint(self.blueprint, job.template)
                 candidate.wait_for_disk()
