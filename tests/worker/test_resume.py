@@ -439,3 +439,20 @@ def test_the_next_fit_makes_what_is_owed_only_as_the_module_was_then(
     assert made == [now == 0.5] * len(debts)
     assert [debt.model for debt in owed([folder])] == ([] if now == 0.5 else [debts[0].model])
     assert [report.ok for report in again.reports].count(False) == (now != 0.5)
+
+
+@pytest.mark.parametrize(("limit", "made"), [(1e2, True), (5e1, False)])
+def test_a_number_that_no_row_reaches_must_be_as_it_was_then(
+    tmp_path: Path, limit: float, made: bool
+) -> None:
+    folder = run_that_does_not_wait(tmp_path, limit=1e2)
+    (debt,) = owed([folder])
+    module = zoo.Classifier(Clamped())
+    module.net.limit = limit
+    again = OnnxExport(core="trace", background=Background(drain_s=300))
+    later = zoo.checkpoints(tmp_path, save_top_k=-1, filename="later-{epoch}")
+    zoo.trainer(tmp_path, later, again, epochs=1).fit(module, zoo.loader())
+    assert debt.model.exists() is made
+    failed = [report.error for report in again.reports if not report.ok]
+    assert len(failed) == (not made)
+    assert all("net.limit changed" in str(error) for error in failed)

@@ -80,9 +80,10 @@ def note(model: Path, name: str, origin: Provenance, job: ExportJob | None = Non
     begun = marker.with_name(f"{marker.name}.tmp")
     try:
         content: dict[str, Any] = {"name": name, "origin": json.dumps(asdict(origin))}
-        if job is not None and job.template is not None and isinstance(job.target, str):
+        if job is not None:
+            whole = job.template is not None and isinstance(job.target, str)
             content |= {
-                "template": job.template.name,
+                "template": job.template.name if job.template is not None and whole else None,
                 "reference": reference_of(job.reference, MAX_REFERENCE_BYTES),
                 "fingerprint": json.dumps(job.fingerprint),
                 "options": json.dumps(_proof_of(job.options)),
@@ -187,15 +188,17 @@ def _read(marker: Path) -> Owed:
     if not isinstance(origin.checkpoint, str) or not isinstance(content["name"], str):
         raise ValueError("it names no checkpoint")  # noqa: TRY004 - of what a file holds
     found = Owed(model=_model(marker), name=content["name"], origin=origin)
-    template = content.get("template")
-    if template is None:
+    if "reference" not in content:
         return found
-    if Path(template).name != template or not template.endswith(_TEMPLATE):
+    template = content["template"]
+    if template is not None and (
+        Path(template).name != template or not template.endswith(_TEMPLATE)
+    ):
         raise ValueError(f"{template!r} is no template")
     reference = content["reference"]
     return replace(
         found,
-        template=marker.with_name(template),
+        template=None if template is None else marker.with_name(template),
         reference=None if reference is None else reference_from(reference),
         fingerprint=json.loads(content["fingerprint"]),
         options=json.loads(content["options"]),

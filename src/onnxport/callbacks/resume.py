@@ -29,7 +29,7 @@ __all__ = ["resume"]
 
 logger = logging.getLogger(__name__)
 
-_NEXT_FIT = "The next fit with this checkpoint folder makes the model."
+_NEXT_FIT = "The next fit with this checkpoint folder makes the model, if the module is as it was."
 _NO_USE = "Remove its .pending file, and the model is owed no more."
 
 
@@ -129,8 +129,10 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
         ExportError: If there is too little to prove it with.
         ModuleMissingError: If the graph is not right for these weights.
     """
-    if debt.template is None or debt.reference is None:
+    if debt.reference is None:
         raise ExportError(f"Nothing says what the module computes with {debt.checkpoint}.")
+    if debt.template is None:
+        raise ExportError("The target is a wrapper around the module, which is needed for it.")
     if debt.template not in pipelines:
         pipelines[debt.template] = _pipeline(debt.template)
     pipeline = pipelines[debt.template]

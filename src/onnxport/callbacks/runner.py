@@ -152,6 +152,7 @@ class WorkerRunner:
             blueprint=self._blueprint,
             only_try=not job.publish,
             template=job.template,
+            then=None if job.then is None else dict(job.then),
         )
         origin = job.provenance  # not the job, which holds the weights
         self._worker.submit(

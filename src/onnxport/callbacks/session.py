@@ -68,12 +68,14 @@ class Saved:
         origin: Where the weights come from.
         file: A file that holds the ``state_dict`` as ``torch.save`` writes it, or ``None``.
         reference: What the module computed with them, where it cannot be asked any more.
+        fingerprint: What of the module was no weight then.
     """
 
     state: Mapping[str, Any]
     path: Path
     file: Path | None = None
     reference: LiveReference | None = None
+    fingerprint: Mapping[str, str] | None = None
     origin: Provenance = field(default_factory=Provenance)
 
 
@@ -262,7 +264,12 @@ class ExportSession:
                 settle(path)
                 continue
             saved = Saved(
-                state=state, path=path, origin=origin, file=file, reference=debt.reference
+                state=state,
+                path=path,
+                origin=origin,
+                file=file,
+                reference=debt.reference,
+                fingerprint=debt.fingerprint,
             )
             self.saved(saved, alive=False)
 
@@ -394,6 +401,7 @@ class ExportSession:
             provenance=saved.origin,
             reference=reference if alive else saved.reference,
             fingerprint=fingerprint(self._module),
+            then=saved.fingerprint,
         )
         return job, live
 

@@ -116,6 +116,8 @@ class ExportJob:
         reference: What the live module gave, or ``None``.
         fingerprint: What of the live module is no weight, see
             :func:`onnxport.exporter.fingerprint.fingerprint`; ``None``: unknown.
+        then: The same as an earlier run noted it, where the checkpoint is of that; the module must
+            be as it was then.
         skip: Names of rungs that are not tried: they have ended a process.
         publish: Whether a proven model gets its name; if not, nothing is left of it.
         template: Where to keep what later models of the same module need besides their weights, or
@@ -130,6 +132,7 @@ class ExportJob:
     provenance: Provenance = field(default_factory=Provenance)
     reference: LiveReference | None = None
     fingerprint: Mapping[str, str] | None = None
+    then: Mapping[str, str] | None = None
     skip: frozenset[str] = frozenset()
     publish: bool = True
     template: Path | None = None

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport.errors import VerificationError
-from onnxport.exporter.isolation import attributes_read, plain_attributes
 from onnxport.exporter.model_file import twin_of
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import sync_model, write_filled
 from onnxport.inputs.resize import current_sizes, resize, take
 from onnxport.pipeline.blueprint import plain_state
+from onnxport.pipeline.changes import what_counts
 from onnxport.pipeline.job import ModuleMissingError
 from onnxport.pipeline.plan import target_of
 from onnxport.pipeline.proof import REAL, Case, Proof, check_case
@@ -147,26 +147,16 @@ def _prove(
 
 
 def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str]) -> None:
-    """Refuse a graph that may hold what has changed, though no row may reach what that decides.
-
-    What no run of the module looks at is not in it. Of a script all counts, for it has branches
-    that no run took; so do tensors, which are found in other ways than by their names.
+    """Refuse a graph that may hold what has changed.
 
     Raises:
         StaleTemplateError: With the names of what has changed.
     """
     read = changed
-    if "script" not in blueprint.rung.key:
-        try:
-            plan = blueprint.plan_for(*target_of(job, []))
-            calls = (*plan.calls, plan.request(job.options.opset).args)
-            seen = attributes_read(
-                plan.root, lambda: [run_flat(plan.flat, call, isolate=True) for call in calls]
-            )
-            plain = plain_attributes(plan.root)
-            read = frozenset(path for path in changed if path in seen or path not in plain)
-        except Exception:
-            logger.debug("It is not known what a run looks at.", exc_info=True)
+    if "script" not in blueprint.rung.key:  # a script has branches that no run took
+        read = what_counts(
+            changed, lambda: blueprint.plan_for(*target_of(job, [])), job.options.opset
+        )
     if read:
         raise StaleTemplateError(f"{', '.join(sorted(read))} changed, and is no weight.")
 

@@ -24,6 +24,7 @@ from onnxport.exporter.writer import (
 from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
+from onnxport.pipeline.changes import require_as_then
 from onnxport.pipeline.job import GivenModule, SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan
 from onnxport.pipeline.proof import REAL, Proof
@@ -85,6 +86,7 @@ class Pipeline:
         stale: tuple[Attempt, ...] = ()
         try:
             require_replaceable(job.path)
+            require_as_then(job)
             known = self.blueprint
             report, stale = self._refresh(job, draft, watch)
             if report is None:

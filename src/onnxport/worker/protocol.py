@@ -99,6 +99,7 @@ class SentJob:
         skip: Names of rungs that are not tried.
         only_try: Make no file that lasts: the module is tried before there is a checkpoint.
         template: Where to keep what later models need besides their weights.
+        then: See :class:`~onnxport.pipeline.job.ExportJob`.
     """
 
     number: int
@@ -115,6 +116,7 @@ class SentJob:
     skip: frozenset[str] = frozenset()
     only_try: bool = False
     template: Path | None = None
+    then: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

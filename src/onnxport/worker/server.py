@@ -176,6 +176,7 @@ class _Server:
                 skip=job.skip,
                 publish=not job.only_try,
                 template=job.template,
+                then=job.then,
             )
         )
         gone = job.weights.path is not None and not job.weights.path.exists()
