@@ -1,6 +1,7 @@
 """What a proof compares with, and what it costs of a dear module."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 import onnxport
 from onnxport.pipeline import proof
 from onnxport.report import Check
+from onnxport.signature import ModelSignature, TensorSpec
+from onnxport.validation.budget import Reference
 
 ROWS = torch.linspace(-1, 1, 12).reshape(6, 2)
 
@@ -75,7 +78,7 @@ def test_rows_that_the_budget_of_others_refuses_are_run_in_float64(
 
     def none_at_all(outputs: torch.Tensor, noise: float, *_: object, source: str) -> object:
         narrow.append(noise)
-        return proof.Reference(expected=outputs + 1, exact=outputs + 1, budget=0.0, source=source)
+        return Reference(expected=outputs + 1, exact=outputs + 1, budget=0.0, source=source)
 
     monkeypatch.setattr(proof, "pinned_reference", none_at_all)
     checks = _checks(Steep(), tmp_path)
@@ -83,13 +86,39 @@ def test_rows_that_the_budget_of_others_refuses_are_run_in_float64(
     assert {check.reference for check in checks} == {"float64"}
 
 
-def test_a_wrong_model_is_refused_by_refined_references_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(proof, "FLOAT64_S", -1.0)
-    module, other = Counting(), Counting()
-    assert onnxport.export(other, ROWS, tmp_path / "other.onnx").ok
-    DOUBLES.clear()
+class Gives:
+    """Stands for a session that gives one result."""
+
+    provider = "CPUExecutionProvider"
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self.result = result
+
+    def run(self, *_: object) -> list[torch.Tensor]:
+        """Return it."""
+        return [self.result]
+
+
+def _reference(budget: float, source: str) -> Reference:
+    zero = torch.zeros(3)
+    return Reference(expected=zero, exact=zero, budget=budget, source=source)
+
+
+def test_refined_references_are_asked_only_if_the_others_refuse_and_may_refuse_too() -> None:
+    asked = []
+
+    def refine() -> tuple[Reference, ...]:
+        asked.append(1)
+        return (_reference(0.1, "float64"),)
+
+    spec = TensorSpec(name="y", dtype="float32", shape=(3,))
+    signature = ModelSignature(inputs=(), outputs=(spec,))
+    references = (_reference(0.01, "float32"),)
+    case = proof.Case(sizes={}, rows="real", inputs=(), references=references, refine=refine)
+    for distance, source, count in ((0.005, "float32", 0), (0.05, "float64", 1)):
+        session: Any = Gives(torch.full((3,), distance))
+        check = proof.check_case(signature, session, case, ())
+        assert (check.ok, check.reference, len(asked)) == (True, source, count)
+    session = Gives(torch.full((3,), 0.5))
     with pytest.raises(onnxport.VerificationError):
-        onnxport.verify(tmp_path / "other.onnx", module, ROWS)
-    assert DOUBLES
+        proof.check_case(signature, session, case, ())
