@@ -38,8 +38,9 @@ LARGE_BYTES = 32 * 2**20
 """Of larger models one row is run, in training and in the proof: it passes all weights."""
 
 INDIFFERENT = 3
-"""An attribute that changed this often, and left the graph as it was in each new export, is watched
-no more: a counter. That it makes a difference later shows in what the live module computes."""
+"""An attribute that changed this often, and no run looked at it or each new export gave the same
+graph, is watched no more until there is another graph: a counter. That it makes a difference later
+shows in what the live module computes."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +60,7 @@ class Blueprint:
         example: A call of few rows, for the live module; ``None`` where the target gets more than
             the model does.
         metadata: What the file says of itself, but for the checkpoint.
-        changes: How often an attribute has changed and the next export gave the same graph.
+        changes: How often an attribute has changed and made no difference, see ``INDIFFERENT``.
     """
 
     opened: OpenTemplate

@@ -87,10 +87,13 @@ def refresh(
             state = job.source.state()
             blueprint.require_fit(job, state)
             changed = blueprint.changed(job)
-            if changed and _has_module(job):
-                _require_unread(blueprint, job, changed)
-                blueprint.accept(job)
-                changed = frozenset()
+            if changed:
+                try:
+                    _require_unread(blueprint, job, changed)
+                    blueprint.accept(job)
+                    changed = frozenset()
+                except ModuleMissingError:  # only what it computed can be compared
+                    logger.debug("The module is not here to be asked.")
             digest = pool.submit(weights_sha256, state)
             write_filled(
                 blueprint.template,
@@ -150,23 +153,15 @@ def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str
     """Refuse a graph that may hold what has changed.
 
     Raises:
+        ModuleMissingError: If the module is not here.
         StaleTemplateError: With the names of what has changed.
     """
     read = changed
+    plan = blueprint.plan_for(*target_of(job, []))
     if "script" not in blueprint.rung.key:  # a script has branches that no run took
-        read = what_counts(
-            changed, lambda: blueprint.plan_for(*target_of(job, [])), job.options.opset
-        )
+        read = what_counts(changed, plan, job.options.opset)
     if read:
         raise StaleTemplateError(f"{', '.join(sorted(read))} changed, and is no weight.")
-
-
-def _has_module(job: ExportJob) -> bool:
-    try:
-        job.source.module()
-    except ModuleMissingError:
-        return False
-    return True
 
 
 def _judge(
