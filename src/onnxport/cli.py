@@ -18,9 +18,9 @@ __all__ = ["main"]
 
 
 def resume(
-    folder: Annotated[Path, "Folder of checkpoints; those below it count, too."],
+    folder: Annotated[Path, "Folder of checkpoints."],
 ) -> None:
-    """Make the models that an interrupted training run still owes.
+    """Make the models that an interrupted training run still owes, in FOLDER and all below it.
 
     From the checkpoints and the notes beside them alone: neither the training script nor its
     packages are needed. What cannot be made like this is made by the next fit.

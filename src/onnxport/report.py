@@ -147,7 +147,7 @@ class ExportReport:
         path: The model, or ``None``.
         core: The core that won: ``"dynamo"``, ``"trace"`` or ``"script"``.
         how: ``"export"``: captured and translated from the module; ``"refresh"``: the graph of an
-            earlier checkpoint with this one's weights.
+            earlier checkpoint with this one's weights. Says nothing where there is no model.
         checkpoint: Path of the checkpoint.
         epoch: ``current_epoch`` at the time of saving.
         global_step: Number of optimizer steps taken.
@@ -163,7 +163,9 @@ class ExportReport:
         attempts: One per try of a core, in order.
         checks: The proof.
         warnings: What the user should know.
-        seconds: Duration of each stage.
+        seconds: Duration of each stage. ``"total"``: from the saved checkpoint to the published
+            model, waiting (for the worker's start, and for the models before it) included;
+            ``"stall"``: how long training was held up.
         error: Why there is no model, or ``None``.
         tracking: What the tracking server holds, or ``None``.
 

@@ -293,8 +293,15 @@ def test_the_memory_ceiling_ends_an_export_and_not_training(tmp_path: Path) -> N
     options = Background(drain_s=200, memory_gb=0.05)
     export = OnnxExport(core="trace", background=options)
     fit(tmp_path, module, export, epochs=1)
-    assert [report.ok for report in export.reports] == [False]
+    (report,) = export.reports
+    assert not report.ok
+    assert "It may use 0.05 GB (Background(memory_gb=))." in str(report.error)
+    assert "The next fit with this checkpoint folder makes it." in str(report.error)
     assert len(module.losses) == 3
+    again = OnnxExport(core="trace", background=OPTIONS)
+    folder = fit(tmp_path, module, again, epochs=1, filename="again-{epoch}")
+    assert [report.error for report in again.reports] == [None] * 2
+    assert_lockstep(folder, module)
 
 
 def test_a_worker_that_dies_leaves_no_older_model_under_the_name(tmp_path: Path) -> None:
@@ -306,7 +313,8 @@ def test_a_worker_that_dies_leaves_no_older_model_under_the_name(tmp_path: Path)
     assert [report.ok for report in export.reports] == [False]
     assert not (folder / "same.onnx").exists()
     assert '"ok": false' in (folder / "same.onnx.json").read_text()
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert hidden == [".same.onnx.pending"]
 
 
 def test_a_script_without_a_guard_runs_once_and_its_classes_are_sent_by_value(

@@ -25,6 +25,7 @@ from torch import nn
 import onnxport
 from onnxport import Background, ConfigurationError, OnnxExport, Tolerance, Verify
 from onnxport.callbacks.owed import note, owed
+from onnxport.callbacks.runner import Outcome
 from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.config import ExportOptions
 from onnxport.exporter.ownership import read_metadata
@@ -177,6 +178,10 @@ class Stop(Callback):
             os.kill(self.pid, signal.SIGKILL)
 
 
+def damage(note: Path) -> None:
+    note.write_bytes(note.read_bytes()[:100])
+
+
 def run_that_does_not_wait(
     tmp_path: Path, *, limit: float | None = None, filename: str | None = None, **options: Any
 ) -> Path:
@@ -188,6 +193,8 @@ def run_that_does_not_wait(
     trainer = zoo.trainer(tmp_path, checkpoints, export, Stop(export, limit), epochs=2)
     trainer.fit(zoo.Classifier(Clamped()), zoo.loader())
     assert [report.ok for report in export.reports] == [True, False]
+    (debt,) = owed([tmp_path])
+    assert export.reports[1].checkpoint == str(debt.checkpoint)
     return folder
 
 
@@ -404,7 +411,7 @@ def test_an_older_order_does_not_settle_what_is_owed_anew(tmp_path: Path) -> Non
     for _ in range(2):
         session.saved(Saved(state=module.state_dict(), path=tmp_path / "last.onnx", origin=origin))
     for finished, left in zip(runner.finish, (1, 0), strict=True):
-        finished(None, None)
+        finished(Outcome(None))
         assert len(list(owed([tmp_path]))) == left
 
 
@@ -456,3 +463,43 @@ def test_a_number_that_no_row_reaches_must_be_as_it_was_then(
     failed = [report.error for report in again.reports if not report.ok]
     assert len(failed) == (not made)
     assert all("net.limit changed" in str(error) for error in failed)
+
+
+def test_one_line_names_the_checkpoint_that_was_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run_that_does_not_wait(tmp_path)
+    (debt,) = owed([folder])
+    (line,) = [r.getMessage() for r in caplog.records if "not finished" in r.getMessage()]
+    assert line.startswith(f"No ONNX model for {debt.checkpoint.name}: ")
+    assert line.endswith("with this checkpoint folder makes it.")
+
+
+def test_the_next_fit_tells_of_a_damaged_note(
+    owing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (marker,) = owing.glob(".*.pending")
+    damage(marker)
+    export = OnnxExport(core="trace", background=False)
+    later = zoo.checkpoints(tmp_path, save_top_k=-1, filename="later-{epoch}")
+    zoo.trainer(tmp_path, later, export, epochs=1).fit(zoo.Classifier(Clamped()), zoo.loader())
+    (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert "Remove its .pending file" in line
+    assert [report.ok for report in export.reports] == [True]
+
+
+def test_reports_of_a_relative_folder_name_whole_paths(
+    owing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(owing.parent)
+    (report,) = onnxport.resume(owing.name)
+    assert report.error is None
+    assert Path(str(report.checkpoint)).is_absolute()
+    assert Path(str(report.path)).is_absolute()
+
+
+def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "one.ckpt"
+    path.touch()
+    with pytest.raises(ConfigurationError, match=r"one\.ckpt is a file\. Give the folder"):
+        onnxport.resume(path)

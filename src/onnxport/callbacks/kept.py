@@ -45,13 +45,21 @@ class KeptReports:
         self._begun += 1
         return self._begun
 
-    def keep(self, report: ExportReport, seconds: Mapping[str, float], place: int) -> None:
+    def keep(
+        self,
+        report: ExportReport,
+        seconds: Mapping[str, float],
+        place: int,
+        *,
+        over: bool = False,
+    ) -> None:
         """Keep a report at its place, and tell the user.
 
         Args:
             report: The report.
             seconds: Durations to add to those in it.
             place: As :meth:`next_place` gave it.
+            over: Training is over, or ends now.
         """
         times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
         report = self._slim(replace(report, seconds=times))
@@ -65,7 +73,7 @@ class KeptReports:
             return
         name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
         message = f"No ONNX model for {name}: {report.error}"
-        logger.warning("%s Training goes on.", message)
+        logger.warning("%s", message if over else f"{message} Training goes on.")
         if self._failure is None:
             self._failure = ExportError(message, report)
 

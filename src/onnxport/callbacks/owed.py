@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from onnxport.config import ExportOptions
     from onnxport.pipeline import ExportJob, LiveReference
 
-__all__ = ["Owed", "is_owed", "note", "owed", "settle", "sweep", "template_path"]
+__all__ = ["NO_USE", "Owed", "is_owed", "note", "owed", "settle", "sweep", "template_path"]
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".pending"
 _TEMPLATE = ".onnxport-template"
+NO_USE = "Remove its .pending file, and the model is owed no more."
+"""What to do where nothing can be done."""
 MAX_REFERENCE_BYTES = 16 * 2**20
 """What the live module gave is not written down if it is larger: training waits meanwhile."""
 

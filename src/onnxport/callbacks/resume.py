@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxport.callbacks.owed import owed, settle, sweep
+from onnxport.callbacks.owed import NO_USE, owed, settle, sweep
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -30,7 +30,6 @@ __all__ = ["resume"]
 logger = logging.getLogger(__name__)
 
 _NEXT_FIT = "The next fit with this checkpoint folder makes the model, if the module is as it was."
-_NO_USE = "Remove its .pending file, and the model is owed no more."
 
 
 def resume(
@@ -62,9 +61,10 @@ def resume(
         ...     onnxport.resume(folder)  # nothing is owed here
         []
     """
-    root = Path(folder)
+    root = Path(folder).absolute()  # so that reports name files from wherever they are read
     if not root.is_dir():
-        raise ConfigurationError(f"There is no folder {root}. Give the folder of checkpoints.")
+        found = f"{root} is a file" if root.exists() else f"There is no folder {root}"
+        raise ConfigurationError(f"{found}. Give the folder of checkpoints.")
     require_runtime()
     reports: list[ExportReport] = []
     pipelines: dict[Path, Pipeline | OnnxportError] = {}
@@ -74,7 +74,7 @@ def resume(
         tell(report)
 
     def unclear(model: Path, why: str) -> None:
-        made(ExportReport.of_failure(f"{why} {_NO_USE}", Provenance(checkpoint=str(model))))
+        made(ExportReport.of_failure(f"{why} {NO_USE}", Provenance(checkpoint=str(model))))
 
     for debt in owed([root], unclear=unclear):
         report = _pay(debt, pipelines)

@@ -29,11 +29,26 @@ if TYPE_CHECKING:
     from onnxport.report import Provenance
     from onnxport.tree import Example
 
-    Finished = Callable[[ExportReport | None, Example | None], None]
+    Finished = Callable[["Outcome"], None]
 
-__all__ = ["InlineRunner", "Runner", "WorkerRunner"]
+__all__ = ["InlineRunner", "Outcome", "Runner", "WorkerRunner"]
 
 _numbers = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job.
+
+    Args:
+        report: The report, or ``None``: the checkpoint is gone.
+        example: A small example of the model's inputs, if there is one.
+        lost: The worker died over it, so that nothing is known of the model: it is still owed.
+    """
+
+    report: ExportReport | None
+    example: Example | None = None
+    lost: bool = False
 
 
 class Runner(Protocol):
@@ -46,8 +61,7 @@ class Runner(Protocol):
             job: The job.
             live: Its source.
             file: The checkpoint's file, if the weights can be read from it.
-            finished: Called, perhaps by another thread, with the report and a small example; or
-                with ``None`` if the checkpoint is gone. Must not raise.
+            finished: Called, perhaps by another thread, with what came of it. Must not raise.
         """
         ...
 
@@ -84,7 +98,7 @@ class InlineRunner:
         """See :class:`Runner`."""
         report = self._pipeline.run(job)
         known = self._pipeline.blueprint
-        finished(report, None if known is None else known.example)
+        finished(Outcome(report, None if known is None else known.example))
 
     def forget(self, path: Path) -> None:
         """Do nothing: all is done."""
@@ -181,11 +195,11 @@ class WorkerRunner:
                 self._sent = replace(self._sent, calls=pickle_by_value((job.target, ())))
             except NotPicklableError:
                 self._blueprint = None
-        finished(report, None if known is None else known.example)
+        finished(Outcome(report, None if known is None else known.example))
 
     def _answered(self, origin: Provenance, result: Done | WorkerError, finished: Finished) -> None:
         if isinstance(result, Done) and not result.lacks_module:
-            finished(result.report, result.example)
+            finished(Outcome(result.report, result.example))
             return
         text = str(result)
         if isinstance(result, Done):
@@ -194,7 +208,8 @@ class WorkerRunner:
                 "The module has changed since it was exported and cannot be sent to the worker. "
                 "The next checkpoint is exported in the training process."
             )
-        finished(ExportReport.of_failure(text, origin), None)
+        lost = not isinstance(result, Done)
+        finished(Outcome(ExportReport.of_failure(text, origin), lost=lost))
 
     def forget(self, path: Path) -> None:
         """Drop what waits for this model."""

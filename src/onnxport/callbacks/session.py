@@ -20,10 +20,10 @@ import torch
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
-from onnxport.callbacks.owed import is_owed, note, owed, settle, sweep, template_path
+from onnxport.callbacks.owed import NO_USE, is_owed, note, owed, settle, sweep, template_path
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
-from onnxport.callbacks.runner import InlineRunner
+from onnxport.callbacks.runner import InlineRunner, Outcome
 from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
@@ -79,6 +79,14 @@ class Saved:
     origin: Provenance = field(default_factory=Provenance)
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The last model that was begun under a name."""
+
+    place: int
+    origin: Provenance
+
+
 class ExportSession:
     """One training run.
 
@@ -125,7 +133,7 @@ class ExportSession:
         self._recovered = False
         self._id = secrets.token_hex(4)
         self._folders: set[Path] = set()
-        self._latest: dict[Path, int] = {}
+        self._latest: dict[Path, _Begun] = {}
         self._given_up: set[Path] = set()
         self._small: Example | None = None
         self._preflight_begun = False
@@ -184,11 +192,13 @@ class ExportSession:
         path, origin = saved.path, saved.origin  # not the weights: what waits must not hold them
         seconds: dict[str, float] = {}
 
-        def finished(report: ExportReport | None, example: Example | None) -> None:
-            self._small = example or self._small
-            # Else the file was saved again, and is owed anew; or the module is not as it was then.
-            paid = alive or report is None or report.ok
-            if self._latest.get(path) == place and paid:
+        def finished(outcome: Outcome) -> None:
+            report = outcome.report
+            self._small = outcome.example or self._small
+            # Else the file was saved again, and is owed anew; or the module is not as it was then;
+            # or the worker had too little memory or time, which another run may give.
+            paid = report is None or report.ok or (alive and not outcome.lost)
+            if self._latest[path].place == place and paid:
                 settle(path)
             if report is None:
                 logger.debug("%s is gone; it gets no model.", path)
@@ -197,13 +207,15 @@ class ExportSession:
             if not report.ok:
                 # An older model would hold other weights; a worker that died has not removed it.
                 self._remove(path)
+                if outcome.lost:
+                    report = replace(report, error=f"{report.error}{self._way_out(path)}")
                 save_report(report, path)
             # A model that was removed with its checkpoint meanwhile is not tracked.
             if path.exists() or not report.ok:
                 report = self._track(report, origin, last=False)
             self._kept.keep(report, seconds, place)
 
-        self._latest[path] = place
+        self._latest[path] = _Begun(place, origin)
         if alive:  # what another run has noted says more
             note(path, self._name, origin)
         self._begin(saved, finished, alive=alive)
@@ -214,9 +226,9 @@ class ExportSession:
         start = time.perf_counter()
         place = self._kept.next_place()
 
-        def finished(report: ExportReport | None, _: Example | None) -> None:
-            if report is not None:
-                self._kept.keep(report, {"total": time.perf_counter() - start}, place)
+        def finished(outcome: Outcome) -> None:
+            if outcome.report is not None:
+                self._kept.keep(outcome.report, {"total": time.perf_counter() - start}, place)
 
         self._begin(saved, finished, publish=False)
 
@@ -231,9 +243,9 @@ class ExportSession:
             return
         self._preflight_begun = True
 
-        def finished(report: ExportReport | None, example: Example | None) -> None:
-            self._small = example or self._small
-            self.preflight = report
+        def finished(outcome: Outcome) -> None:
+            self._small = outcome.example or self._small
+            self.preflight = report = outcome.report
             if report is not None and not report.ok:
                 failed(report.error or "it does not export")
 
@@ -254,7 +266,7 @@ class ExportSession:
         if self._recovered or self._observer.choose() is None:
             return
         self._recovered = True
-        for debt in list(owed(folders, self._name)):
+        for debt in list(owed(folders, self._name, _say_unclear)):
             path, origin, file = debt.model, debt.origin, debt.checkpoint
             self._folders.add(path.parent)
             try:
@@ -294,7 +306,7 @@ class ExportSession:
                 if isinstance(error, OnnxportError)
                 else f"{type(error).__name__}: {error}"
             )
-            finished(ExportReport.of_failure(text, saved.origin), None)
+            finished(Outcome(ExportReport.of_failure(text, saved.origin)))
 
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
@@ -332,18 +344,21 @@ class ExportSession:
                 continue
             self._given_up.add(path)
             text = (
-                f"{path} was not finished within the {limit_s:.0f} s that the end of training "
+                f"{path} was not finished within the {limit_s:g} s that the end of training "
                 "waits (Background(drain_s=))."
             )
-            if is_owed(path):
-                resume = f"`onnxport resume {path.parent}` or the next fit"
-                if not template_path(path, self._id).exists():
-                    resume = "The next fit"  # there is no graph that weights could be filled into
-                text += f" {resume} with this checkpoint folder makes it."
-            logger.warning(text)
-            self._kept.keep(
-                ExportReport(ok=False, error=text), {"total": limit_s}, self._kept.next_place()
-            )
+            origin = self._latest[path].origin
+            report = ExportReport.of_failure(text + self._way_out(path), origin)
+            self._kept.keep(report, {"total": limit_s}, self._latest[path].place, over=True)
+
+    def _way_out(self, path: Path) -> str:
+        """Return a sentence on who makes a model that is owed."""
+        if not is_owed(path):
+            return ""
+        resume = f"`onnxport resume {path.parent}` or the next fit"
+        if not template_path(path, self._id).exists():
+            resume = "The next fit"  # there is no graph that weights could be filled into
+        return f" {resume} with this checkpoint folder makes it."
 
     @property
     def unfinished(self) -> list[str]:
@@ -445,6 +460,10 @@ class ExportSession:
         finally:
             if active:
                 self._observer.start()
+
+
+def _say_unclear(model: Path, why: str) -> None:
+    logger.warning("%s is owed by an earlier run and is not made: %s %s", model, why, NO_USE)
 
 
 def _observer(

@@ -1,7 +1,8 @@
 """A module without its weights, as bytes that another process makes a module of.
 
 Everything that is no weight goes by value: attributes, tables, and classes and functions that are
-defined in the script or notebook itself, which the other process never runs. Weights are left out
+defined where the other process does not find them: in the script or notebook itself, or in a file
+that was loaded by hand. Weights are left out
 by name and put in there, straight from where the checkpoint's tensors lie.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -16,6 +19,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from onnxport.exporter.importable import by_value, is_importable
 from onnxport.exporter.module_state import copy_module, load_weights, plain_name
 
 if TYPE_CHECKING:
@@ -77,6 +81,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._names = names
+        self._importable: dict[str, bool] = {}
 
     @override
     def persistent_id(self, obj: Any) -> str | None:
@@ -92,7 +97,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     pickle.HIGHEST_PROTOCOL
                 )
             )
+        if isinstance(obj, type | FunctionType | ModuleType):
+            home = obj.__name__ if isinstance(obj, ModuleType) else obj.__module__
+            if not self._knows(home):
+                with by_value(sys.modules[home]):
+                    return super().reducer_override(obj)
         return super().reducer_override(obj)
+
+    def _knows(self, name: str) -> bool:
+        """Tell whether the other process finds a module; asked once."""
+        if name not in self._importable:
+            self._importable[name] = is_importable(name)
+        return self._importable[name]
 
 
 class _Unpickler(pickle.Unpickler):  # noqa: S301 - only what our own process has pickled

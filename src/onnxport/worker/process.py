@@ -64,6 +64,10 @@ class WorkerProcess:
             )
         self._channel = ours
         memory = options.memory_gb
+        # Whoever gets no memory ends by any signal: as many libraries, as many ways.
+        self._limit = (
+            "" if memory is None else f" It may use {memory:g} GB (Background(memory_gb=))."
+        )
         setup = Setup(
             sys_path=tuple(sys.path),
             threads=options.threads,
@@ -109,7 +113,7 @@ class WorkerProcess:
         except TimeoutError:
             self.kill()
             raise WorkerError(
-                f"The worker said nothing for {limit_s:.0f} s and was ended. "
+                f"The worker said nothing for {limit_s:g} s and was ended. "
                 "Background(stage_timeout_s=) sets how long a stage may take."
             ) from None
         except (OSError, EOFError) as error:
@@ -128,7 +132,7 @@ class WorkerProcess:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         words = self._last_words()
         self.kill()
-        return WorkerError(f"The worker process ended {when} ({cause}).{words}")
+        return WorkerError(f"The worker process ended {when} ({cause}).{self._limit}{words}")
 
     def _last_words(self) -> str:
         if self._stderr.closed:
