@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -149,12 +150,15 @@ def test_the_registered_model_predicts_what_pytorch_predicts(store: str, tmp_pat
 
 def test_a_second_run_moves_the_alias_only_when_it_is_better(store: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=store)
-    holders = []
+    holders, challengers = [], []
     for run, score in (("a", 0.8), ("worse", 0.7), ("better", 0.9), ("nan", float("nan"))):
         callback = OnnxExport(core="trace", register="shared")
         fit(tmp_path / run, callback, (score,), logger_for(store, tmp_path))
         holders.append(int(client.get_model_version_by_alias("shared", "champion").version))
-    assert holders == [1, 1, 2, 2]
+        challengers.append(client.get_registered_model("shared").aliases.get("challenger"))
+    assert holders == [1, 1, 3, 3]
+    assert [each and int(each) for each in challengers] == [None, 2, 2, 2]
+    assert int(client.get_model_version_by_alias("shared", "previous").version) == 1
 
 
 @pytest.mark.parametrize(("policy", "versions"), [("best", 2), ("all", 3), ("end", 1)])
@@ -304,3 +308,23 @@ def test_the_fluent_state_of_the_user_stays(store: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=store)
     assert client.get_run(run.info.run_id).data.metrics == {"still": 1.0}
     assert client.search_logged_models([run.info.experiment_id]) == []
+
+
+def test_a_run_of_our_own_draws_no_random_number_of_training(store: str, tmp_path: Path) -> None:
+    def numbers(mlflow: Any, name: str) -> list[float]:
+        drawn: list[float] = []
+
+        class Draws(zoo.Classifier):
+            def training_step(self, *batch: Any) -> Any:
+                drawn.append(random.random())  # noqa: S311 - as a user would
+                return super().training_step(*batch)
+
+        saves = zoo.checkpoints(tmp_path / name)
+        callback = OnnxExport(core="trace", mlflow=mlflow)
+        random.seed(3)
+        zoo.trainer(tmp_path / name, saves, callback, epochs=2).fit(Draws(zoo.cnn()), zoo.loader())
+        return drawn
+
+    on = numbers(MLflow(tracking_uri=store, register="n"), "on")
+    assert on == numbers(False, "off")
+    assert len(on) == 6

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxport.report import Provenance
-from onnxport.tracking.promotion import Score, is_better, read_score, score_of, score_tags
+from onnxport.tracking.promotion import (
+    Score,
+    Standing,
+    best_of,
+    challenger_of,
+    is_better,
+    outranks,
+    predecessor_of,
+    read_score,
+    score_of,
+    score_tags,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 MODES = st.sampled_from(["min", "max"])
@@ -101,3 +113,69 @@ def test_without_metrics_the_newer_model_wins_but_never_over_a_measured_one() ->
 )
 def test_scores_of_other_metrics_or_modes_are_left_to_a_person(champion: Score) -> None:
     assert not is_better(score(1.0), champion)
+
+
+# --- several versions -------------------------------------------------------------------------
+
+
+def standing(version: int, value: float = math.nan, **options: Any) -> Standing:
+    metric = options.pop("metric", "loss")
+    return Standing(version=version, score=score(value, metric=metric), **options)
+
+
+STANDINGS = st.lists(
+    st.builds(
+        Standing,
+        version=st.integers(1, 50),
+        score=st.builds(Score, metric=st.just("loss"), mode=st.just("min"), value=FINITE),
+        rejected=st.booleans(),
+    ),
+    unique_by=lambda each: each.version,
+)
+
+
+@given(STANDINGS, st.randoms())
+def test_no_other_version_outranks_the_best_in_whatever_order_they_come(
+    standings: list[Standing], order: Any
+) -> None:
+    best = best_of(standings)
+    order.shuffle(standings)
+    assert best_of(standings) == best
+    fit = [each for each in standings if not each.rejected]
+    assert (best is None) == (not fit)
+    assert best is None or not any(outranks(each, best) for each in fit)
+
+
+def test_without_metrics_the_newer_version_is_better() -> None:
+    one, two = standing(1, metric=""), standing(2, metric="")
+    assert outranks(two, one)
+    assert not outranks(one, two)
+    assert not outranks(standing(3, metric=""), standing(1, 0.5))
+    assert best_of([two, one]) == two
+
+
+def test_the_challenger_is_the_best_that_never_was_champion() -> None:
+    champion = standing(4, 0.1, promoted=9)
+    others = [
+        standing(1, 0.2, promoted=3),
+        standing(2, 0.5),
+        standing(3, 0.4),
+        standing(5, 0.3, rejected=True),
+        standing(6, 0.01, metric="acc"),
+        standing(7),
+    ]
+    assert challenger_of(champion, [champion, *others]) == others[2]
+    assert challenger_of(champion, [champion, others[-1]]) is None
+    assert challenger_of(None, others) is None
+
+
+def test_the_predecessor_is_who_had_the_alias_last() -> None:
+    standings = [
+        standing(1, promoted=5),
+        standing(2, promoted=9, rejected=True),
+        standing(3, promoted=7),
+        standing(4),
+    ]
+    assert predecessor_of(3, standings) == standings[0]
+    assert predecessor_of(1, standings) == standings[2]
+    assert predecessor_of(1, standings[:2]) is None

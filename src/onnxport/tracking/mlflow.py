@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import random
 import re
 import tempfile
 import uuid
@@ -276,13 +277,18 @@ def _client(uri: str) -> Any:
 
 @contextmanager
 def _fail_fast(timeout_s: int = REQUEST_TIMEOUT_S) -> Iterator[None]:
-    """Bound how long MLflow's client may block; it reads these settings at each call."""
+    """Bound how long MLflow's client may block; it reads these settings at each call.
+
+    It also draws names and pauses from Python's random numbers, which are training's.
+    """
     wanted = _ENVIRONMENT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
     before = {name: os.environ.get(name) for name in wanted}
+    numbers = random.getstate()
     os.environ.update(wanted)
     try:
         yield
     finally:
+        random.setstate(numbers)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""Which version deserves the alias: a pure comparison of tags."""
+"""Which version deserves which alias: pure comparisons of what its tags say."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from onnxport.report import Provenance
 
-__all__ = ["TAG_PREFIX", "Score", "is_better", "read_score", "score_of", "score_tags"]
+__all__ = [
+    "TAG_PREFIX",
+    "Score",
+    "Standing",
+    "best_of",
+    "challenger_of",
+    "is_better",
+    "outranks",
+    "predecessor_of",
+    "read_score",
+    "score_of",
+    "score_tags",
+]
 
 TAG_PREFIX = "onnxport."
 
@@ -91,3 +103,72 @@ def is_better(candidate: Score, champion: Score | None, min_delta: float = 0.0) 
         return True
     gain = candidate.value - champion.value
     return (gain if candidate.mode == "max" else -gain) > min_delta
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """What is known of a version that may get the alias.
+
+    Args:
+        version: Its number.
+        score: What it is judged by.
+        rejected: A person has taken the alias from it.
+        promoted: When it got the alias last, in milliseconds since 1970; ``None``: never.
+    """
+
+    version: int
+    score: Score
+    rejected: bool = False
+    promoted: int | None = None
+
+
+def outranks(one: Standing, other: Standing, min_delta: float = 0.0) -> bool:
+    """Tell whether a version is better than another; without metrics the newer one is.
+
+    Args:
+        one: A version.
+        other: Another one.
+        min_delta: By how much it must be better, in units of the metric.
+    """
+    if one.score.metric or other.score.metric:
+        return is_better(one.score, other.score, min_delta)
+    return one.version > other.version
+
+
+def best_of(standings: Iterable[Standing], min_delta: float = 0.0) -> Standing | None:
+    """Return the version that no other one outranks; the oldest, where several are as good.
+
+    Args:
+        standings: Versions that can be compared.
+        min_delta: By how much a later one must be better.
+    """
+    best: Standing | None = None
+    for each in sorted(standings, key=lambda one: one.version):
+        if not each.rejected and (best is None or outranks(each, best, min_delta)):
+            best = each
+    return best
+
+
+def challenger_of(champion: Standing | None, standings: Iterable[Standing]) -> Standing | None:
+    """Return the best version that never got the alias, if it can be compared with the champion."""
+    if champion is None:
+        return None
+    rules = (champion.score.metric, champion.score.mode)
+    return best_of(
+        each
+        for each in standings
+        if each.version != champion.version
+        and each.promoted is None
+        and (each.score.metric, each.score.mode) == rules
+        and (not each.score.metric or math.isfinite(each.score.value))
+    )
+
+
+def predecessor_of(champion: int, standings: Iterable[Standing]) -> Standing | None:
+    """Return the version that had the alias last, before this one and not rejected since."""
+    had = [s for s in standings if s.promoted is not None and not s.rejected]
+    return max(
+        (each for each in had if each.version != champion),
+        key=lambda each: (each.promoted or 0, each.version),
+        default=None,
+    )

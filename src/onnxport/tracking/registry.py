@@ -1,21 +1,48 @@
-"""The model registry: one version per model, and the alias on the best of them."""
+"""The model registry: versions of proven models, and which of them has which alias.
+
+``champion`` (the name can be chosen) is the version to serve, ``challenger`` the best one that
+never was it, ``previous`` the one that was it before. An alias can only be set, not compared and
+set, so whoever has moved it looks again, and corrects it where another training was faster and
+better.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
 from dataclasses import replace
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 
-from onnxport.tracking.promotion import TAG_PREFIX, is_better, read_score
+from onnxport.errors import TrackingError
+from onnxport.tracking.promotion import (
+    TAG_PREFIX,
+    Standing,
+    best_of,
+    challenger_of,
+    is_better,
+    outranks,
+    predecessor_of,
+    read_score,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from onnxport.config import MLflow
     from onnxport.report import TrackingRecord
 
-__all__ = ["already_there_is_fine", "register"]
+__all__ = ["Registry", "already_there_is_fine", "register"]
+
+TRIES = 5
+"""How often an alias is set where others set it, too."""
+PAUSE_S = 0.05
+"""How long the first pause between two tries is at most, in seconds; each is twice as long."""
+NEWEST = 200
+"""How many versions are looked at, the newest first."""
+_random = SystemRandom().random
+"""Not the generator of the process: training may use that."""
 
 
 def register(
@@ -43,20 +70,260 @@ def register(
     name = options.register
     if name is None or (options.policy == "end" and not last):
         return record
-    champion = _champion(client, name, options.alias)
-    holder = None if champion is None else read_score(champion.tags)
-    better = is_better(read_score(tags), holder, options.min_delta)
+    registry = Registry(client, name, options.alias)
     version = _existing_version(client, name, tags[f"{TAG_PREFIX}key"])
-    if version is None and not better and options.policy != "all":
+    if version is None and options.policy == "best" and not registry.leads(logged, tags):
         return replace(record, registered_name=name)
     if version is None:
         version = _create_version(client, name, logged, tags)
     _link_version(client, logged.model_id, name, version)
-    holds_alias = champion is not None and int(champion.version) == version
-    if better and not holds_alias:
-        client.set_registered_model_alias(name, options.alias, str(version))
-    alias = options.alias if better or holds_alias else None
-    return replace(record, registered_name=name, version=version, alias=alias)
+    holds_alias = registry.settle(options.min_delta) == version
+    return replace(
+        record,
+        registered_name=name,
+        version=version,
+        alias=options.alias if holds_alias else None,
+    )
+
+
+class Registry:
+    """The versions of one registered model.
+
+    Args:
+        client: MLflow's client.
+        name: Of the registered model.
+        alias: The alias of the version to serve. The names of the others and of the tags follow it,
+            so that several aliases can be kept apart.
+    """
+
+    def __init__(self, client: Any, name: str, alias: str = "champion") -> None:
+        self._client = client
+        self._name = name
+        self._alias = alias
+        prefix = "" if alias == "champion" else f"{alias}-"
+        self._challenger, self._previous = f"{prefix}challenger", f"{prefix}previous"
+        self._promoted = f"{TAG_PREFIX}promoted.{alias}"
+        self._rejected = f"{TAG_PREFIX}rejected.{alias}"
+        self._pinned = f"{TAG_PREFIX}pinned.{alias}"
+
+    # --- what training does -----------------------------------------------------------------
+
+    def leads(self, logged: Any, tags: Mapping[str, str]) -> bool:
+        """Tell whether a model is better than all versions of its own run.
+
+        Args:
+            logged: MLflow's entity of the logged model.
+            tags: What its version's tags would be.
+        """
+        score = read_score(tags)
+        versions = self._versions(f" and run_id = '{logged.source_run_id}'")
+        return is_better(score, None) and all(
+            is_better(score, read_score(version.tags)) for version in versions
+        )
+
+    def settle(self, min_delta: float = 0.0) -> int | None:
+        """Give the alias to the best version; return which one has it then.
+
+        It stays where it is if a person has pinned it, or given it to a version that is none of
+        ours.
+
+        Args:
+            min_delta: By how much a metric must be better.
+        """
+        standings = self._standings()
+        champion = before = self._holder(self._alias, standings)
+        if self._is_pinned() or (champion is not None and champion not in standings):
+            return None if champion is None else champion.version
+        candidate = _best_after(champion, standings, min_delta)
+        while candidate is not None:
+            self._move(candidate.version, before)
+            # Another training may have read the same champion, and be better, or have been faster.
+            standings = self._standings()
+            champion = self._holder(self._alias, standings) or candidate
+            better = _best_after(champion, standings, min_delta)
+            if better is not None and champion.version == candidate.version:
+                # It had the alias by mistake, for a moment.
+                self._client.delete_model_version_tag(
+                    self._name, str(champion.version), self._promoted
+                )
+            candidate = better
+        self._name_challenger(champion, standings)
+        return None if champion is None else champion.version
+
+    # --- what people do ---------------------------------------------------------------------
+
+    def promote(self, version: int, *, pin: bool) -> int | None:
+        """Give the alias to a version because a person says so.
+
+        Args:
+            version: Any version.
+            pin: No training may move the alias from then on.
+
+        Returns:
+            The version that had it.
+
+        Raises:
+            TrackingError: If there is no such version.
+        """
+        standings = self._standings()
+        if not self._exists(version):
+            raise TrackingError(f"{self._name!r} has no version {version}.")
+        champion = self._holder(self._alias, standings)
+        if pin:
+            self._client.set_registered_model_tag(self._name, self._pinned, "true")
+        self._client.delete_model_version_tag(self._name, str(version), self._rejected)
+        if champion is None or champion.version != version:
+            self._move(version, champion)
+        if not pin:
+            self._client.delete_registered_model_tag(self._name, self._pinned)
+        standings = self._standings()
+        self._name_challenger(self._holder(self._alias, standings), standings)
+        return None if champion is None else champion.version
+
+    def rollback(self) -> tuple[int, int]:
+        """Give the alias back to the version that had it before, and never again to this one.
+
+        Returns:
+            Which version had it, and which has it now.
+
+        Raises:
+            TrackingError: If no version has it, or none had it before.
+        """
+        standings = self._standings()
+        champion = self._holder(self._alias, standings)
+        if champion is None:
+            raise TrackingError(f"No version of {self._name!r} is {self._alias!r}.")
+        others = [each for each in standings if each.version != champion.version]
+        before = predecessor_of(champion.version, others)
+        if before is None:
+            raise TrackingError(
+                f"No other version of {self._name!r} was {self._alias!r} before version "
+                f"{champion.version}. `onnxport promote {self._name} VERSION` takes any version."
+            )
+        self._client.set_model_version_tag(
+            self._name, str(champion.version), self._rejected, "true"
+        )
+        self._set(self._alias, before.version)
+        earlier = predecessor_of(before.version, others)
+        if earlier is None or (earlier.promoted or 0) > (before.promoted or 0):
+            self._drop(self._previous)
+        else:
+            self._set(self._previous, earlier.version)
+        return champion.version, before.version
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _move(self, version: int, champion: Standing | None) -> None:
+        """Move the alias, last of all: whoever is interrupted before will do it again."""
+        now = str(int(time.time() * 1000))
+        self._client.set_model_version_tag(self._name, str(version), self._promoted, now)
+        if champion is not None:
+            self._set(self._previous, champion.version)
+        self._set(self._alias, version)
+
+    def _name_challenger(self, champion: Standing | None, standings: Sequence[Standing]) -> None:
+        best = challenger_of(champion, standings)
+        holder = self._holder(self._challenger, standings)
+        if best is None and holder is not None:
+            self._drop(self._challenger)
+        elif best is not None and (holder is None or holder.version != best.version):
+            self._set(self._challenger, best.version)
+
+    def _set(self, alias: str, version: int) -> None:
+        """Set an alias; two who set it for the first time at once get in each other's way.
+
+        Raises:
+            MlflowException: If it cannot be set.
+        """
+        from mlflow.exceptions import MlflowException
+
+        for left in reversed(range(TRIES)):
+            try:
+                self._client.set_registered_model_alias(self._name, alias, str(version))
+            except MlflowException as error:
+                if not left or error.error_code not in {"BAD_REQUEST", "TEMPORARILY_UNAVAILABLE"}:
+                    raise
+                time.sleep(PAUSE_S * 2 ** (TRIES - left) * _random())
+            else:
+                return
+
+    def _drop(self, alias: str) -> None:
+        self._client.delete_registered_model_alias(self._name, alias)
+
+    # --- what the server says ---------------------------------------------------------------
+
+    def _versions(self, condition: str = "") -> Sequence[Any]:
+        found: Sequence[Any] = self._client.search_model_versions(
+            f"name = '{_quoted(self._name)}'{condition}",
+            max_results=NEWEST,
+            order_by=["version_number DESC"],
+        )
+        return found
+
+    def _standings(self) -> list[Standing]:
+        """Return what is known of the versions that were proven."""
+        return [
+            self._standing(version)
+            for version in self._versions()
+            if version.tags.get(f"{TAG_PREFIX}validated") == "true"
+        ]
+
+    def _standing(self, version: Any) -> Standing:
+        promoted = version.tags.get(self._promoted, "")
+        return Standing(
+            version=int(version.version),
+            score=read_score(version.tags),
+            rejected=version.tags.get(self._rejected) == "true",
+            promoted=int(promoted) if promoted.isdigit() else None,
+        )
+
+    def _holder(self, alias: str, standings: Sequence[Standing]) -> Standing | None:
+        """Return the version that has an alias, or ``None``.
+
+        Raises:
+            MlflowException: If it cannot be asked.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_model_version_by_alias(self._name, alias)
+        except MlflowException as error:
+            # A missing model is RESOURCE_DOES_NOT_EXIST, a missing alias INVALID_PARAMETER_VALUE.
+            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                return None
+            raise
+        number = int(found.version)
+        known = (each for each in standings if each.version == number)
+        return next(known, None) or self._standing(found)
+
+    def _exists(self, version: int) -> bool:
+        """Tell whether there is a version.
+
+        Raises:
+            MlflowException: If it cannot be asked.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_model_version(self._name, str(version))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
+
+    def _is_pinned(self) -> bool:
+        model = self._client.get_registered_model(self._name)
+        return bool(model.tags.get(self._pinned) == "true")
+
+
+def _best_after(
+    champion: Standing | None, standings: Sequence[Standing], min_delta: float
+) -> Standing | None:
+    """Return the best of the versions that deserve the alias more than the one that has it."""
+    if champion is None:
+        return best_of(each for each in standings if is_better(each.score, None))
+    return best_of(each for each in standings if outranks(each, champion, min_delta))
 
 
 @contextmanager
@@ -74,23 +341,6 @@ def already_there_is_fine() -> Iterator[None]:
         text = str(error).lower()
         if not any(word in text for word in ("unique", "duplicate", "already exists")):
             raise
-
-
-def _champion(client: Any, name: str, alias: str) -> Any:
-    """Return the version that has the alias, or ``None``.
-
-    Raises:
-        MlflowException: If it cannot be asked.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        # A missing model is RESOURCE_DOES_NOT_EXIST, a missing alias INVALID_PARAMETER_VALUE.
-        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            return None
-        raise
 
 
 def _existing_version(client: Any, name: str, key: str) -> int | None:
