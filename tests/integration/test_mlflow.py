@@ -208,7 +208,7 @@ def test_the_prefix_of_the_logger_is_kept(store: str, tmp_path: Path) -> None:
 
 def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     from onnxport.callbacks.lightning.facts import origin_of
-    from onnxport.tracking.base import RunAddress
+    from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
     from onnxport.tracking.mlflow import MlflowTracker
 
     callback = OnnxExport(core="trace", register="once")
@@ -219,8 +219,15 @@ def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     again = RunAddress(
         uri=store, run_id=logger.run_id, experiment_id=logger.experiment_id, options=options
     )
-    origin = origin_of(trainer, report.checkpoint)
-    record = MlflowTracker(again).publish(report, origin, last=True)
+    path = Path(report.path)
+    model = Model(
+        path=path,
+        place=place_of(path),
+        report=report,
+        origin=origin_of(trainer, report.checkpoint),
+        identity=identity_of(path),
+    )
+    record = MlflowTracker(again).publish(model, last=True)
     assert record == report.tracking
     client = MlflowClient(tracking_uri=store)
     assert len(client.search_logged_models([logger.experiment_id])) == 1
@@ -229,21 +236,21 @@ def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
 
 def seconds_added_by_tracking(root: Path, uri: str) -> tuple[float, OnnxExport]:
     """Fit against a server and return how long tracking held the loop up, in all."""
-    from onnxport.tracking import mlflow as tracking
+    from onnxport.tracking.outbox import InlineOutbox
 
     spent = 0.0
-    publish = tracking.MlflowTracker.publish
+    submit = InlineOutbox.submit
 
     def timed(*args: Any, **options: Any) -> Any:
         nonlocal spent
         start = time.perf_counter()
         try:
-            return publish(*args, **options)
+            return submit(*args, **options)
         finally:
             spent += time.perf_counter() - start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking.MlflowTracker, "publish", timed)
+        patch.setattr(InlineOutbox, "submit", timed)
         callback = OnnxExport(core="trace", mlflow=MLflow(tracking_uri=uri, register="x"))
         fit(root, callback, (0.1, 0.2, 0.3, 0.4), logger=False)
     return spent, callback
@@ -275,19 +282,19 @@ def test_a_server_that_comes_back_gets_what_is_still_there(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxport.errors import TrackingError
-    from onnxport.tracking.mlflow import MlflowTracker
+    from onnxport.tracking import mlflow as tracking
 
     calls = 0
-    check = MlflowTracker._require_reachable
+    check = tracking.require_reachable
 
-    def down_at_first(self: MlflowTracker) -> None:
+    def down_at_first(*args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise TrackingError("the server does not answer (injected)")
-        check(self)
+        check(*args)
 
-    monkeypatch.setattr(MlflowTracker, "_require_reachable", down_at_first)
+    monkeypatch.setattr(tracking, "require_reachable", down_at_first)
     callback = OnnxExport(core="trace", register="back")
     fit(tmp_path, callback, (0.5, 0.9, 0.7), logger_for(server, tmp_path))
     kept = [r for r in callback.reports if Path(r.path).exists()]

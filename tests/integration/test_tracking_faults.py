@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
 from onnxport import MLflow, OnnxExport
-from onnxport.tracking.mlflow import MlflowTracker
+from onnxport.tracking.outbox import InlineOutbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,8 +66,8 @@ def spent_in_tracking() -> Iterator[list[float]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("publish", "resume", "close"):
-            patch.setattr(MlflowTracker, name, timed(getattr(MlflowTracker, name)))
+        for name in ("submit", "drain", "close"):
+            patch.setattr(InlineOutbox, name, timed(getattr(InlineOutbox, name)))
         yield spent
 
 

@@ -14,7 +14,7 @@ from onnxport.errors import ExportError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from onnxport.report import ExportReport
+    from onnxport.report import ExportReport, TrackingRecord
 
 __all__ = ["KeptReports"]
 
@@ -76,6 +76,22 @@ class KeptReports:
         logger.warning("%s", message if over else f"{message} Training goes on.")
         if self._failure is None:
             self._failure = ExportError(message, report)
+
+    def update(self, place: int, record: TrackingRecord) -> ExportReport | None:
+        """Add what a tracking server holds to a report; return the report.
+
+        Args:
+            place: As :meth:`next_place` gave it.
+            record: What the server holds, or what is missing.
+        """
+        with self._lock:
+            index = bisect(self._places, place) - 1
+            if index < 0 or self._places[index] != place:
+                return None
+            report = self.reports[index] = self.reports[index].with_tracking(record)
+        if record.missing:
+            logger.warning("Tracking %s: %s", report.path, record.missing)
+        return report
 
     def _slim(self, report: ExportReport) -> ExportReport:
         """Share with the report before it what is the same: a long run has thousands of them."""

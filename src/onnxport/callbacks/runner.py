@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import numpy as np
     from torch import nn
 
     from onnxport.callbacks.live import LiveModule
@@ -43,11 +44,13 @@ class Outcome:
     Args:
         report: The report, or ``None``: the checkpoint is gone.
         example: A small example of the model's inputs, if there is one.
+        row: One row for each input, by name, if it is small.
         lost: The worker died over it, so that nothing is known of the model: it is still owed.
     """
 
     report: ExportReport | None
     example: Example | None = None
+    row: Mapping[str, np.ndarray[Any, Any]] | None = None
     lost: bool = False
 
 
@@ -97,8 +100,7 @@ class InlineRunner:
     ) -> None:
         """See :class:`Runner`."""
         report = self._pipeline.run(job)
-        known = self._pipeline.blueprint
-        finished(Outcome(report, None if known is None else known.example))
+        finished(_outcome(report, self._pipeline))
 
     def forget(self, path: Path) -> None:
         """Do nothing: all is done."""
@@ -195,11 +197,11 @@ class WorkerRunner:
                 self._sent = replace(self._sent, calls=pickle_by_value((job.target, ())))
             except NotPicklableError:
                 self._blueprint = None
-        finished(Outcome(report, None if known is None else known.example))
+        finished(_outcome(report, pipeline))
 
     def _answered(self, origin: Provenance, result: Done | WorkerError, finished: Finished) -> None:
         if isinstance(result, Done) and not result.lacks_module:
-            finished(Outcome(result.report, result.example))
+            finished(Outcome(result.report, result.example, result.row))
             return
         text = str(result)
         if isinstance(result, Done):
@@ -231,6 +233,11 @@ class WorkerRunner:
     def close(self) -> None:
         """Let the worker go when it has nothing to do."""
         self._worker.leave(self._session)
+
+
+def _outcome(report: ExportReport, pipeline: Pipeline) -> Outcome:
+    known = pipeline.blueprint
+    return Outcome(report, None if known is None else known.example, pipeline.row)
 
 
 def _modules_of(module: nn.Module) -> set[str]:

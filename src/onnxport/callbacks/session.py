@@ -35,11 +35,14 @@ from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob
 from onnxport.pipeline.report_files import save_report
-from onnxport.report import ExportReport, Provenance, TrackingRecord
+from onnxport.report import ExportReport, Provenance
+from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    import numpy as np
     from torch import nn
 
     from onnxport.callbacks.runner import Finished, Runner
@@ -47,7 +50,8 @@ if TYPE_CHECKING:
     from onnxport.errors import ExportError
     from onnxport.exporter.target import Target
     from onnxport.pipeline import LiveReference
-    from onnxport.tracking.base import Tracker
+    from onnxport.report import TrackingRecord
+    from onnxport.tracking.outbox import Outbox
     from onnxport.tree import Example
 
 __all__ = ["ExportSession", "Saved"]
@@ -87,6 +91,16 @@ class _Begun:
     origin: Provenance
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Tracked:
+    """The last proven model under a name."""
+
+    report: ExportReport
+    origin: Provenance
+    place: int
+    row: Mapping[str, np.ndarray[Any, Any]] | None
+
+
 class ExportSession:
     """One training run.
 
@@ -94,7 +108,8 @@ class ExportSession:
         module: The live module.
         options: How to export.
         target: What to export; ``None``: find a submodule by watching.
-        tracker: Where proven models are tracked, or ``None``.
+        outbox: Takes what a tracking server is to be told of proven models, or ``None``.
+        address: Which run that is.
         is_redirected: See :class:`~onnxport.inputs.observe.Observer`.
         fallback: Gives an example when no call was observed, or ``None``.
         say: Tells the user one line per model.
@@ -114,7 +129,8 @@ class ExportSession:
         options: ExportOptions,
         *,
         target: Target | None = None,
-        tracker: Tracker | None = None,
+        outbox: Outbox | None = None,
+        address: RunAddress | None = None,
         is_redirected: Callable[[nn.Module], bool] = lambda _: False,
         fallback: Callable[[], Any] = lambda: None,
         say: Callable[[str], None] = logger.info,
@@ -126,7 +142,8 @@ class ExportSession:
         self._module = module
         self._options = options
         self._target = target
-        self._tracker = tracker
+        self._outbox = outbox
+        self._address = address or RunAddress(uri="")
         self._fallback = fallback
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
@@ -139,7 +156,7 @@ class ExportSession:
         self._preflight_begun = False
         self._reference = Reference(module)
         self._rehearsals = MAX_REHEARSALS
-        self._origins: dict[str, Provenance] = {}
+        self._tracked: dict[Path, _Tracked] = {}
         if target is not None:
             require_target(module, target)
         self._observer = _observer(module, target, is_redirected)
@@ -210,10 +227,10 @@ class ExportSession:
                 if outcome.lost:
                     report = replace(report, error=f"{report.error}{self._way_out(path)}")
                 save_report(report, path)
-            # A model that was removed with its checkpoint meanwhile is not tracked.
-            if path.exists() or not report.ok:
-                report = self._track(report, origin, last=False)
             self._kept.keep(report, seconds, place)
+            if report.ok and self._outbox is not None:
+                self._tracked[path] = _Tracked(report, origin, place, outcome.row)
+                self._track(path)
 
         self._latest[path] = _Begun(place, origin)
         if alive:  # what another run has noted says more
@@ -326,6 +343,10 @@ class ExportSession:
             self._remove(path)
 
     def _remove(self, path: Path) -> None:
+        if self._outbox is not None:
+            self._tracked.pop(path, None)
+            gone = Job(model=path.absolute(), place=place_of(path), address=self._address)
+            self._outbox.submit(gone, lambda _: None)
         try:
             remove_model(path)
         except OSError as error:
@@ -365,31 +386,17 @@ class ExportSession:
         """What is being done for each model that is not finished."""
         return self._runner.unfinished()
 
-    def finish(self, best: Path | None = None, *, failed: bool = False) -> None:
-        """Training is over: finish tracking, and remove all hooks.
+    def finish(self, best: Path | None = None) -> None:
+        """Training is over: remove all hooks, and say which model is the best.
 
         Args:
             best: The model of the best checkpoint, if known.
-            failed: Whether training ended with an error.
         """
         self._observer.stop()
         self._runner.close()
         sweep(self._folders)
-        if self._tracker is None:
-            return
-        self._tracker.resume()
-        # A file that was written twice holds the weights of its last report.
-        newest = {report.path: place for place, report in enumerate(self.reports) if report.ok}
-        for path, place in newest.items():
-            report = self.reports[place]
-            is_best = best is not None and path == str(best)
-            missing = report.tracking is not None and report.tracking.missing
-            if Path(str(path)).exists() and (is_best or missing):
-                origin = self._origins.get(str(path), Provenance())
-                self.reports[place] = self._track(report, origin, last=is_best)
-                if self._is_down(place):
-                    break  # the server is still down: asking again for each model would take long
-        self._tracker.close(failed=failed)
+        if best in self._tracked and self._address.waits_for_best:
+            self._track(best, last=True)
 
     def take_failure(self) -> ExportError | None:
         """Return the first failure that was not taken yet."""
@@ -432,23 +439,30 @@ class ExportSession:
         given = self._fallback()
         return () if given is None else read_examples(given)
 
-    def _track(self, report: ExportReport, origin: Provenance, *, last: bool) -> ExportReport:
-        if self._tracker is None or not report.ok:
-            return report
-        self._origins[str(report.path)] = origin
-        try:
-            tracked = report.with_tracking(self._tracker.publish(report, origin, last=last))
-        except BaseException:  # Ctrl-C: what was begun is found and completed by the next try
-            record = TrackingRecord(uri="", missing="publishing was interrupted")
-            if report not in self.reports:
-                self._kept.keep(report.with_tracking(record), {}, self._kept.next_place())
-            raise
-        save_report(tracked, Path(str(report.path)))
-        return tracked
+    def _track(self, path: Path, *, last: bool = False) -> None:
+        """Note that a server should hold a model; a model that is gone meanwhile is none."""
+        found, identity = self._tracked[path], identity_of(path)
+        if identity is None or self._outbox is None:
+            return
+        place = place_of(path)
+        model = Model(
+            path=path.absolute(),
+            place=place,
+            report=found.report,
+            origin=found.origin,
+            identity=identity,
+            row=found.row,
+        )
 
-    def _is_down(self, place: int) -> bool:
-        tracking = self.reports[place].tracking
-        return tracking is not None and bool(tracking.missing)
+        def told(record: TrackingRecord) -> None:
+            report = self._kept.update(found.place, record)
+            if report is not None and self._tracked.get(path) is found and path.exists():
+                save_report(report, path)
+
+        self._outbox.submit(
+            Job(model=model.path, place=place, address=self._address, content=model, last=last),
+            told,
+        )
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:

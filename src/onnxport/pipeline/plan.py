@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from onnxport.signature import ModelSignature, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import numpy as np
+
     from onnxport.config import ExportOptions
     from onnxport.pipeline.job import ExportJob
 
@@ -45,6 +47,8 @@ _EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 dim has, which they would tie to it."""
 
 
+MAX_ROW_BYTES = 2**18
+"""Of an input example, which MLflow writes as text, twice, at ten times its size."""
 MAX_TABLE = 2048
 """Longer tables are not outgrown: an export at such a size would be dear."""
 
@@ -316,3 +320,21 @@ def _specs(
         )
         for name, tensor, dims in zip(names, tensors, axes, strict=True)
     )
+
+
+def one_row(plan: Plan) -> dict[str, np.ndarray[Any, Any]] | None:
+    """Return one row of the first call, by the names of the inputs.
+
+    Returns:
+        ``None`` if it has more than 256 KB, or a type that NumPy does not know.
+    """
+    axes = plan.axes
+    tensors = resize(plan.calls[0], axes.inputs, dict.fromkeys(axes.batches, 1))
+    if sum(tensor.nbytes for tensor in tensors) > MAX_ROW_BYTES:
+        return None
+    try:
+        arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
+    except TypeError:  # bfloat16
+        return None
+    names = [spec.name for spec in plan.signature.inputs]
+    return dict(zip(names, arrays, strict=True))

@@ -7,7 +7,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxport.errors import OnnxportError, VerificationError
 from onnxport.exporter.ladder import Climb, climb, rungs
@@ -26,7 +26,7 @@ from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.changes import require_as_then
 from onnxport.pipeline.job import GivenModule, SourceLostError
-from onnxport.pipeline.plan import Plan, make_plan
+from onnxport.pipeline.plan import Plan, make_plan, one_row
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
 from onnxport.pipeline.report_files import discard_stale, save_report, write_report
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Executor, Future
     from pathlib import Path
+
+    import numpy as np
 
     from onnxport.exporter.base import Core
     from onnxport.exporter.ladder import Rung
@@ -60,6 +62,8 @@ class Pipeline:
 
     Attributes:
         blueprint: What is known of the last export, or ``None``: the next one is an export.
+        row: One row for each input of the last export, by name; ``None``: it is large, or of no
+            type that NumPy knows.
         tell: Called when a stage begins, with its name and the rung that is tried, if any.
     """
 
@@ -69,6 +73,7 @@ class Pipeline:
         self._reproduced = False
         self._prep = PrepSessions()
         self.blueprint: Blueprint | None = None
+        self.row: dict[str, np.ndarray[Any, Any]] | None = None
         self.tell: Callable[[str, str | None], None] = lambda _, __: None
 
     def run(self, job: ExportJob) -> ExportReport:
@@ -221,6 +226,7 @@ class Pipeline:
                         self.blueprint.learn_from(before)
                     if job.template is not None:
                         save_blueprint(self.blueprint, job.template)
+                self.row = one_row(plan)
                 candidate.wait_for_disk()
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings

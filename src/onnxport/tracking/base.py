@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from onnxport.config import MLflow
-from onnxport.report import TrackingRecord
+from onnxport.errors import TrackingError
 
 if TYPE_CHECKING:
-    from onnxport.report import ExportReport, Provenance
+    from collections.abc import Mapping
+    from pathlib import Path
 
-__all__ = ["RunAddress", "Tracker", "Unavailable"]
+    import numpy as np
+
+    from onnxport.report import ExportReport, Provenance, TrackingRecord
+
+__all__ = [
+    "Model",
+    "ModelChangedError",
+    "RunAddress",
+    "Tracker",
+    "identity_of",
+    "place_of",
+    "without_password",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +39,7 @@ class RunAddress:
         experiment_id: Its experiment; ``None`` together with ``run_id``.
         artifact_root: Where a new experiment keeps its artifacts; ``None``: the server's default.
         metric_prefix: What the logger puts before the names of metrics, separator included.
+        fit: Tells a run that we start from all others.
         options: Registry options.
     """
 
@@ -32,62 +48,121 @@ class RunAddress:
     experiment_id: str | None = None
     artifact_root: str | None = None
     metric_prefix: str = ""
+    fit: str = ""
     options: MLflow = field(default_factory=MLflow)
+
+    @property
+    def waits_for_best(self) -> bool:
+        """Whether the best model is to be told at the end of training."""
+        return self.options.policy == "end"
+
+    def named(self, suffix: str) -> RunAddress:
+        """Return the same run for models of another name.
+
+        Args:
+            suffix: What follows the registered model's name.
+        """
+        register = self.options.register
+        name = None if register is None else f"{register}{suffix}"
+        return replace(self, options=replace(self.options, register=name))
+
+
+class ModelChangedError(TrackingError):
+    """A file is not what was proven: a newer model has its name, or it is gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A proven model, as it lies in a file.
+
+    Args:
+        path: The file.
+        place: Names the place where it was made, see :func:`place_of`; files may be moved.
+        report: Its report.
+        origin: Its metrics, and which one decides what is best.
+        identity: Of its file, see :func:`identity_of`.
+        row: One row for each input, by name.
+    """
+
+    path: Path
+    place: str
+    report: ExportReport
+    origin: Provenance
+    identity: tuple[int, int]
+    row: Mapping[str, np.ndarray[Any, Any]] | None = None
+
+    def require_unchanged(self) -> None:
+        """Make sure that the file is what was proven.
+
+        Raises:
+            ModelChangedError: If it is another one.
+        """
+        if identity_of(self.path) != self.identity:
+            raise ModelChangedError(f"{self.path} is not the file that was proven.")
+
+
+def place_of(path: Path) -> str:
+    """Name the place of a model, whatever characters its path has."""
+    return hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Return what tells a model's file from others of its name; ``None``: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 class Tracker(Protocol):
-    """Publishes proven models; never raises into training."""
+    """Brings proven models to a server; each call may be repeated after any failure."""
 
-    def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
+    def publish(self, model: Model, *, last: bool) -> TrackingRecord:
         """Bring one proven model to the server.
 
         Args:
-            report: The report of a published model.
-            origin: Its metrics, and which one decides what is best.
+            model: The model.
             last: Whether this is the best model at the end of training.
 
         Returns:
-            What the server holds now; ``missing`` says what could not be done.
+            What the server holds now.
+
+        Raises:
+            Exception: Whatever the server, its client and its transport raise.
         """
         ...
 
-    def named(self, suffix: str) -> Tracker:
-        """Return a tracker to the same run for models of one name.
+    def remove(self, place: str) -> None:
+        """Take what belongs to a model that was removed from the server.
 
         Args:
-            suffix: What follows the registered model's name; ``""`` gives the tracker itself.
+            place: Where it was made.
+
+        Raises:
+            Exception: As above.
         """
         ...
 
-    def resume(self) -> None:
-        """Training is over: a server that was down may be asked again."""
+    def close(self, status: str) -> None:
+        """End a run that the tracker itself started.
+
+        Args:
+            status: ``"FINISHED"`` or ``"FAILED"``.
+
+        Raises:
+            Exception: As above.
+        """
         ...
 
-    def close(self, *, failed: bool) -> None:
-        """End a run that the tracker itself started."""
-        ...
 
+def without_password(uri: str) -> str:
+    """Return an address that may be shown.
 
-class Unavailable:
-    """Stands for a server whose address could not be found out.
-
-    Args:
-        reason: Why; it goes to each report.
+    Example:
+        >>> without_password("postgresql://me:secret@host:5432/db")
+        'postgresql://me@host:5432/db'
     """
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:  # noqa: ARG002
-        """Say that everything is missing."""
-        return TrackingRecord(uri="", missing=self._reason)
-
-    def named(self, suffix: str) -> Unavailable:  # noqa: ARG002
-        """Return the same."""
-        return self
-
-    def resume(self) -> None:
-        """Do nothing."""
-
-    def close(self, *, failed: bool) -> None:
-        """Do nothing."""
+    parts = urlsplit(uri)
+    user, at, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=user.partition(":")[0] + at + host).geturl() if at else uri

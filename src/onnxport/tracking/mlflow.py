@@ -7,34 +7,30 @@ READY only when all its files are there.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import random
 import re
 import tempfile
-import uuid
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxport._optional import optional_import
 from onnxport.report import TrackingRecord
-from onnxport.tracking.package import model_files_in_order, package_model
+from onnxport.tracking.base import without_password
+from onnxport.tracking.marks import mark
+from onnxport.tracking.package import DATA_SUFFIX, model_files_in_order, package_model
 from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
-from onnxport.tracking.reachable import require_reachable, without_password
-from onnxport.tracking.registry import already_there_is_fine, register
+from onnxport.tracking.reachable import require_reachable
+from onnxport.tracking.registry import already_there_is_fine, has_version, register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from onnxport.report import ExportReport, Provenance
-    from onnxport.tracking.base import RunAddress
+    from onnxport.report import ExportReport
+    from onnxport.tracking.base import Model, RunAddress
 
 __all__ = ["MlflowTracker", "require_mlflow"]
-
-logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 0.7
 """How long a server may take to answer before it counts as down; waited for at most twice a fit."""
@@ -42,6 +38,8 @@ REQUEST_TIMEOUT_S = 2
 """How long it may take for each answer, once it has given a sign of life."""
 UPLOAD_BYTES_PER_S = 10_000_000
 """How fast it must take files."""
+_FIT = f"{TAG_PREFIX}fit"
+"""Tag of a run of our own: which training it belongs to."""
 _ENVIRONMENT = {
     # Seconds, not the default 247 s; and no retries of creates, which would duplicate models.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -60,7 +58,7 @@ def require_mlflow() -> None:
 
 
 class MlflowTracker:
-    """Publishes to one run.
+    """Publishes to one run; raises whatever MLflow, its store and its transport raise.
 
     Args:
         address: Which run; one is started at the first model when there is none.
@@ -69,118 +67,131 @@ class MlflowTracker:
     def __init__(self, address: RunAddress) -> None:
         self._options = address.options
         self._run = _Run(address)
-        self._down: str | None = None
 
-    def named(self, suffix: str) -> MlflowTracker:
-        """Return a tracker to the same run, with another name in the registry."""
-        if not suffix:
-            return self
-        register = self._options.register
-        tracker = MlflowTracker(self._run.address)
-        tracker._run = self._run
-        if register is not None:
-            tracker._options = replace(self._options, register=f"{register}{suffix}")
-        return tracker
+    def publish(self, model: Model, *, last: bool) -> TrackingRecord:
+        """Bring one proven model to the server; what an earlier call has begun is completed.
 
-    def publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
-        """Bring one proven model to the server; never raises.
+        Args:
+            model: The model.
+            last: Whether this is the best model at the end of training.
 
-        Once the server was found down, later calls return at once, until :meth:`resume`. What an
-        earlier call has begun, and did not finish, is found and completed.
+        Raises:
+            ModelChangedError: If the file is not, or not any more, what was proven.
+            TrackingError: If the server gives no sign of life.
         """
-        uri = without_password(self._run.address.uri)
-        record = replace(report.tracking or TrackingRecord(uri=uri), uri=uri)
-        if self._down is not None:
-            return replace(record, missing=self._down)
-        try:
-            self._require_reachable()
-            with _fail_fast():
-                record = self._publish(report, origin, last=last)
-        except Exception as error:  # noqa: BLE001 - MLflow, its store and its transport raise anything
-            what = "the logged model, its metrics and its version"
-            self._down = f"{what} are missing from {uri}: {_first_line(error)}"
-            logger.warning("Tracking %s: %s", report.path, self._down)
-            return replace(record, missing=self._down)
-        self._down = None
-        return record
+        model.require_unchanged()
+        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
+        with _fail_fast():
+            client = _client(self._run.uri)
+            run_id, experiment_id = self._run.open(client)
+            logged = self._logged_model(client, model)
+            record = TrackingRecord(
+                uri=without_password(self._run.uri),
+                run_id=run_id,
+                experiment_id=experiment_id,
+                model_id=logged.model_id,
+            )
+            tags = _tags(model) | {f"{TAG_PREFIX}key": _key(model, run_id)}
+            return register(client, self._options, record, logged, tags, last=last)
 
-    def resume(self) -> None:
-        """Training is over: a server that was down may be asked again."""
-        self._down = None
+    def remove(self, place: str) -> None:
+        """Remove the logged models of a model that was removed, but those with a version.
 
-    def close(self, *, failed: bool) -> None:
-        """End the run if it is ours; the run of a logger is never touched."""
-        run = self._run
-        if not run.started or run.address.run_id is None or self._down is not None:
+        Args:
+            place: Where it was made.
+
+        Raises:
+            TrackingError: If the server gives no sign of life.
+        """
+        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
+        with _fail_fast():
+            client = _client(self._run.uri)
+            self._run.open(client)
+            for logged in self._at(client, place):
+                self._delete(client, logged)
+
+    def close(self, status: str) -> None:
+        """End the run if it is ours; the run of a logger is never touched.
+
+        Args:
+            status: ``"FINISHED"`` or ``"FAILED"``.
+
+        Raises:
+            TrackingError: If the server gives no sign of life.
+        """
+        if not self._run.ours:
             return
-        try:
-            with _fail_fast():
-                _client(run.address.uri).set_terminated(
-                    run.address.run_id, "FAILED" if failed else "FINISHED"
-                )
-        except Exception as error:  # noqa: BLE001 - as above
-            logger.warning("The MLflow run was not ended: %s", _first_line(error))
+        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
+        with _fail_fast():
+            client = _client(self._run.uri)
+            run_id = self._run.find(client)
+            if run_id is not None:
+                client.set_terminated(run_id, status)
 
     # --- steps ------------------------------------------------------------------------------
 
-    def _require_reachable(self) -> None:
-        require_reachable(self._run.address.uri, HEALTH_TIMEOUT_S)
+    def _at(self, client: Any, place: str) -> list[Any]:
+        """Return the logged models of one place in this run, the READY ones first, then by age."""
+        from mlflow.entities import LoggedModelStatus
 
-    def _publish(self, report: ExportReport, origin: Provenance, *, last: bool) -> TrackingRecord:
-        client = _client(self._run.address.uri)
         run_id, experiment_id = self._run.open(client)
-        logged = self._logged_model(client, report, origin, run_id, experiment_id)
-        record = TrackingRecord(
-            uri=without_password(self._run.address.uri),
-            run_id=run_id,
-            experiment_id=experiment_id,
-            model_id=logged.model_id,
-        )
-        tags = _tags(report, origin) | {f"{TAG_PREFIX}key": _key(report, run_id)}
-        return register(client, self._options, record, logged, tags, last=last)
-
-    def _logged_model(
-        self,
-        client: Any,
-        report: ExportReport,
-        origin: Provenance,
-        run_id: str,
-        experiment_id: str,
-    ) -> Any:
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-        key = _key(report, run_id)
         found = client.search_logged_models(
-            [experiment_id], filter_string=f"tags.`{TAG_PREFIX}key` = '{key}'"
+            [experiment_id], filter_string=f"tags.`{TAG_PREFIX}place` = '{place}'"
         )
-        found = sorted(found, key=lambda model: model.status != LoggedModelStatus.READY)
+        return sorted(
+            (each for each in found if each.source_run_id == run_id),
+            key=lambda each: (each.status != LoggedModelStatus.READY, each.creation_timestamp),
+        )
+
+    def _logged_model(self, client: Any, model: Model) -> Any:
+        from mlflow.entities import LoggedModelStatus
+
+        run_id, experiment_id = self._run.open(client)
+        key = _key(model, run_id)
+        found = self._at(client, model.place)
+        same = [each for each in found if each.tags.get(f"{TAG_PREFIX}key") == key]
         logged = (
-            found[0]
-            if found
+            same[0]
+            if same
             else client.create_logged_model(
                 experiment_id,
-                name=_legal_name(report),
+                name=_legal_name(model),
                 source_run_id=run_id,
                 model_type="onnx",
-                params=_params(report),
-                tags=_tags(report, origin) | {f"{TAG_PREFIX}key": key},
+                params=_params(model.report),
+                tags=_tags(model) | {f"{TAG_PREFIX}key": key, f"{TAG_PREFIX}place": model.place},
             )
         )
-        if logged.status == LoggedModelStatus.READY:
-            return logged
-        step = report.global_step or 0
+        if logged.status != LoggedModelStatus.READY:
+            logged = self._fill(client, model, logged, run_id)
+        for other in found:  # of an older file under this name, or twins of a lost answer
+            if other.model_id != logged.model_id:
+                self._delete(client, other)
+        mark(client, logged, run_id, model)
+        return logged
+
+    def _fill(self, client: Any, model: Model, logged: Any, run_id: str) -> Any:
+        """Give a logged model everything it should have; who sees it READY sees it whole."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        step = model.report.global_step or 0
         with already_there_is_fine():
             client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=step)])
         with tempfile.TemporaryDirectory(prefix="onnxport-") as temporary:
             folder = Path(temporary) / "model"
-            package_model(report, folder, logged, run_id)
+            package_model(model, folder, logged, run_id)
             for file in model_files_in_order(folder):
                 with _fail_fast(REQUEST_TIMEOUT_S + file.stat().st_size // UPLOAD_BYTES_PER_S):
                     client.log_model_artifact(logged.model_id, str(file))
-        self._log_metrics(client, report, logged, run_id)
+        model.require_unchanged()
+        self._log_metrics(client, model, logged, run_id)
         return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
-    def _log_metrics(self, client: Any, report: ExportReport, logged: Any, run_id: str) -> None:
+    def _delete(self, client: Any, logged: Any) -> None:
+        if not has_version(client, logged):
+            client.delete_logged_model(logged.model_id)
+
+    def _log_metrics(self, client: Any, model: Model, logged: Any, run_id: str) -> None:
         """Link the points that the logger wrote, and log our own metrics.
 
         A metric of a model is written to the history of its run, too. A point with the same step,
@@ -189,11 +200,12 @@ class MlflowTracker:
         """
         from mlflow.entities import Metric
 
+        report = model.report
         latest = {metric.key: metric for metric in client.get_run(run_id).data.to_proto().metrics}
         step = max((report.global_step or 0) - 1, 0)  # where Lightning logs for this checkpoint
         points = {
             "onnx/max_abs_error": report.max_abs_error or 0.0,
-            "onnx/size_mb": Path(str(report.path)).stat().st_size / 2**20,
+            "onnx/size_mb": _size_of(model.path) / 2**20,
             "onnx/export_s": sum(
                 s for stage, s in report.seconds.items() if stage not in {"total", "stall"}
             ),
@@ -201,7 +213,7 @@ class MlflowTracker:
         linked: list[Metric] = []
         tags: dict[str, str] = {}
         for name, value in report.metrics.items():
-            key = _metric_key(self._run.address.metric_prefix + name)
+            key = _metric_key(self._run.metric_prefix + name)
             point = latest.get(key)
             if point is not None and point.value != value:
                 # Training went on while the model was made: its point is an earlier one.
@@ -210,7 +222,7 @@ class MlflowTracker:
                 linked.append(
                     Metric(key, value, point.timestamp, point.step, model_id=logged.model_id)
                 )
-            elif self._run.started:
+            elif self._run.ours:
                 points[key] = value
             else:
                 tags[f"{TAG_PREFIX}metrics.{key}"] = repr(value)
@@ -235,38 +247,45 @@ class _Run:
         address: Which run.
 
     Attributes:
-        started: Whether it is ours.
+        uri: Address of the server or database.
+        metric_prefix: What the logger puts before the names of metrics.
+        ours: Whether no logger has started it.
     """
 
     def __init__(self, address: RunAddress) -> None:
-        self.address = address
-        self.started = False
-        self._fit = uuid.uuid4().hex
-        self._may_exist = False
+        self.uri, self.metric_prefix = address.uri, address.metric_prefix
+        self.ours = address.run_id is None or address.experiment_id is None
+        self._address = address
+        self._known: tuple[str, str] | None = None
+        if address.run_id is not None and address.experiment_id is not None:
+            self._known = address.run_id, address.experiment_id
 
     def open(self, client: Any) -> tuple[str, str]:
-        """Return the ids of the run and of its experiment."""
-        address = self.address
-        if address.run_id is None or address.experiment_id is None:
-            name = address.options.experiment
-            found = client.get_experiment_by_name(name)
-            if found is not None:
-                experiment_id = found.experiment_id
-            else:
-                experiment_id = client.create_experiment(name, address.artifact_root)
-            tag = f"{TAG_PREFIX}fit"
-            begun = (
-                client.search_runs([experiment_id], f"tags.`{tag}` = '{self._fit}'")
-                if self._may_exist
-                else []
-            )
-            self._may_exist = True
-            run = begun[0] if begun else client.create_run(experiment_id, tags={tag: self._fit})
-            run_id = run.info.run_id
-            self.started = True
-            self.address = replace(address, run_id=run_id, experiment_id=experiment_id)
-            return str(run_id), str(experiment_id)
-        return address.run_id, address.experiment_id
+        """Return the ids of the run and of its experiment; both are made if they are not there."""
+        if self._known is None:
+            name, root = self._address.options.experiment, self._address.artifact_root
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                with already_there_is_fine():  # another process was faster
+                    client.create_experiment(name, root)
+                experiment = client.get_experiment_by_name(name)
+            run_id = self.find(client)
+            if run_id is None:
+                tags = {_FIT: self._address.fit}
+                run_id = client.create_run(experiment.experiment_id, tags=tags).info.run_id
+            self._known = str(run_id), str(experiment.experiment_id)
+        return self._known
+
+    def find(self, client: Any) -> str | None:
+        """Return the id of the run, if there is one."""
+        if self._known is not None:
+            return self._known[0]
+        experiment = client.get_experiment_by_name(self._address.options.experiment)
+        if experiment is None:
+            return None
+        wanted = f"tags.`{_FIT}` = '{self._address.fit}'"
+        found = client.search_runs([experiment.experiment_id], wanted, order_by=["start_time ASC"])
+        return str(found[0].info.run_id) if found else None
 
 
 def _client(uri: str) -> Any:
@@ -296,19 +315,14 @@ def _fail_fast(timeout_s: int = REQUEST_TIMEOUT_S) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _key(report: ExportReport, run_id: str) -> str:
-    """Tell models apart, also those of equal weights under equal names in two folders."""
-    weights = (report.weights_sha256 or "")[:16]
-    folder = hashlib.sha256(str(Path(str(report.path)).parent).encode()).hexdigest()[:8]
-    return f"{run_id}:{report.global_step}:{_stem(report)}:{weights}:{folder}".replace("'", "_")
+def _key(model: Model, run_id: str) -> str:
+    """Tell models apart, also those of equal weights in two places."""
+    weights = (model.report.weights_sha256 or "")[:16]
+    return f"{run_id}:{model.report.global_step}:{weights}:{model.place}"
 
 
-def _stem(report: ExportReport) -> str:
-    return Path(str(report.path)).stem
-
-
-def _legal_name(report: ExportReport) -> str:
-    return re.sub(r"""[/:.%"']""", "_", _stem(report))
+def _legal_name(model: Model) -> str:
+    return re.sub(r"""[/:.%"']""", "_", Path(str(model.report.path)).stem)
 
 
 def _metric_key(key: str) -> str:
@@ -327,7 +341,8 @@ def _params(report: ExportReport) -> dict[str, str]:
     return {key: str(value) for key, value in known.items() if value is not None}
 
 
-def _tags(report: ExportReport, origin: Provenance) -> dict[str, str]:
+def _tags(model: Model) -> dict[str, str]:
+    report = model.report
     known = {
         "validated": "true",
         "checkpoint": Path(report.checkpoint).name if report.checkpoint else None,
@@ -336,9 +351,9 @@ def _tags(report: ExportReport, origin: Provenance) -> dict[str, str]:
         "max_abs_error": report.max_abs_error,
     }
     tags = {f"{TAG_PREFIX}{key}": str(value) for key, value in known.items() if value is not None}
-    return tags | score_tags(score_of(origin))
+    return tags | score_tags(score_of(model.origin))
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _size_of(path: Path) -> int:
+    files = (path, path.with_name(path.name + DATA_SUFFIX))
+    return sum(file.stat().st_size for file in files if file.exists())

@@ -1,10 +1,8 @@
-"""The folder that MLflow calls a model, made from a proven file without loading its weights."""
+"""The folder that MLflow calls a model, made around a proven file without reading its weights."""
 
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +10,24 @@ import numpy as np
 from onnxport._optional import optional_import
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onnxport.report import ExportReport
     from onnxport.signature import TensorSpec
+    from onnxport.tracking.base import Model
 
-__all__ = ["model_files_in_order", "model_signature", "package_model"]
+__all__ = ["DATA_SUFFIX", "model_files_in_order", "model_signature", "package_model"]
 
-DATA_SUFFIX = ".data"
+MODEL, DATA_SUFFIX = "model.onnx", ".data"
 COMMIT_MARKER = "MLmodel"
+SESSION_OPTIONS = {
+    # A server has a process for each core; if each of these took all cores, they would wait for
+    # one another.
+    "intra_op_num_threads": 1,
+    "inter_op_num_threads": 1,
+    "execution_mode": "sequential",
+}
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 
 
 def model_signature(report: ExportReport) -> Any:
@@ -47,44 +56,49 @@ def model_signature(report: ExportReport) -> Any:
     return ModelSignature(schema(report.inputs), schema(report.outputs))
 
 
-def package_model(report: ExportReport, folder: Path, logged_model: Any, run_id: str) -> None:
+def package_model(model: Model, folder: Path, logged_model: Any, run_id: str) -> None:
     """Write MLflow's ``onnx`` flavor around a published model.
 
-    ``mlflow.onnx.save_model`` gets the bytes of the graph, so it neither loads external data nor
-    empties a proto of ours; the data file is put beside it.
+    MLflow gets a graph without weights, or none, so it neither loads nor copies them. What holds
+    the weights is linked to where it lies: the folder is to be uploaded, and then thrown away.
 
     Args:
-        report: The report of the model.
+        model: The model.
         folder: Where to write; must not exist.
         logged_model: MLflow's entity, which gets the files.
         run_id: The run that it belongs to.
     """
     with optional_import(extra="mlflow", needed_for="MLflow tracking"):
+        import mlflow.models
         import mlflow.onnx
-        from mlflow.models import Model
 
-    source = Path(str(report.path))
-    model = Model(
+    source = model.path.resolve()
+    data = source.with_name(source.name + DATA_SUFFIX)
+    graph = _graph_at(source, MODEL + DATA_SUFFIX) if data.exists() else b""
+    described = mlflow.models.Model(
         model_id=logged_model.model_id,
         model_uuid=logged_model.model_id,
         run_id=run_id,
         artifact_path=logged_model.artifact_location,
     )
     mlflow.onnx.save_model(
-        source.read_bytes(),
+        graph,
         str(folder),
-        mlflow_model=model,
-        signature=model_signature(report),
+        mlflow_model=described,
+        signature=model_signature(model.report),
+        input_example=None if model.row is None else dict(model.row),
         pip_requirements=_requirements(),
         onnx_execution_providers=["CPUExecutionProvider"],
+        onnx_session_options=SESSION_OPTIONS,
         save_as_external_data=False,
     )
-    data = source.with_name(source.name + DATA_SUFFIX)
     if data.exists():
-        # A copy, not a link: onnx refuses external data with more than one hard link.
-        shutil.copyfile(data, folder / data.name)
-        model.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        model.save(str(folder / COMMIT_MARKER))
+        (folder / (MODEL + DATA_SUFFIX)).symlink_to(data)
+    else:
+        (folder / MODEL).unlink()
+        (folder / MODEL).symlink_to(source)
+    described.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    described.save(str(folder / COMMIT_MARKER))
 
 
 def model_files_in_order(folder: Path) -> list[Path]:
@@ -92,14 +106,33 @@ def model_files_in_order(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda file: (file.name == COMMIT_MARKER, file.name))
 
 
+def _graph_at(source: Path, location: str) -> bytes:
+    """Read a graph whose weights are in another file, and let it look for them under a fixed name.
+
+    Names with ``#``, ``?`` or ``%`` are cut off on the way to a server (mlflow 3.17).
+    """
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    graph = onnx.load(source, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        if uses_external_data(tensor):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+    return bytes(graph.SerializeToString())
+
+
 def _requirements() -> list[str]:
     """Pin what serving needs; giving them spares MLflow a subprocess of two seconds."""
-    names = ("mlflow", "onnxruntime", "onnx", "numpy")
-    return [f"{name}=={found}" for name in names if (found := _version(name)) is not None]
+    pins = {name: _version(name) for name in ("mlflow", "onnx", "numpy")}
+    # Serving runs on the CPU; every kind of ONNX Runtime has the version of the plain one.
+    pins["onnxruntime"] = next(filter(None, map(_version, _RUNTIMES)), None)
+    return [f"{name}=={found}" for name, found in pins.items() if found is not None]
 
 
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
-    except PackageNotFoundError:  # e.g. onnxruntime-gpu or mlflow-skinny provide the module
+    except PackageNotFoundError:  # e.g. mlflow-skinny provides the module mlflow
         return None

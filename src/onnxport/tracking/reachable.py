@@ -23,7 +23,7 @@ from onnxport.errors import TrackingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["require_reachable", "without_password"]
+__all__ = ["require_reachable"]
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
 _FREE_BYTES = 2**22
@@ -61,18 +61,6 @@ def require_reachable(uri: str, timeout_s: float) -> None:
     error = outcome[0]
     if error is not None:
         raise TrackingError(f"it cannot be used ({getattr(error, 'reason', error)})") from error
-
-
-def without_password(uri: str) -> str:
-    """Return an address that may be shown.
-
-    Example:
-        >>> without_password("postgresql://me:secret@host:5432/db")
-        'postgresql://me@host:5432/db'
-    """
-    parts = urlsplit(uri)
-    user, at, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=user.partition(":")[0] + at + host).geturl() if at else uri
 
 
 def _probe_for(uri: str, timeout_s: float) -> Callable[[], None] | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from onnxport.config import MLflow
     from onnxport.report import TrackingRecord
 
-__all__ = ["Registry", "already_there_is_fine", "register"]
+__all__ = ["Registry", "already_there_is_fine", "has_version", "register"]
 
 TRIES = 5
 """How often an alias is set where others set it, too."""
@@ -341,6 +341,23 @@ def already_there_is_fine() -> Iterator[None]:
         text = str(error).lower()
         if not any(word in text for word in ("unique", "duplicate", "already exists")):
             raise
+
+
+def has_version(client: Any, logged: Any) -> bool:
+    """Tell whether a version of any registered model is made of a logged model.
+
+    Args:
+        client: MLflow's client.
+        logged: MLflow's entity of the logged model.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    if json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]")):
+        return True
+    # A version that was made without the tag: by a process that died, or by hand on a database.
+    sources = {logged.artifact_location, f"models:/{logged.model_id}"}
+    versions = client.search_model_versions(f"run_id = '{logged.source_run_id}'")
+    return any(version.source in sources for version in versions)
 
 
 def _existing_version(client: Any, name: str, key: str) -> int | None:

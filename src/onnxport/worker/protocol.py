@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    import numpy as np
 
     from onnxport.config import ExportOptions
     from onnxport.pipeline import LiveReference
@@ -149,12 +152,14 @@ class Done:
         number: Of the job.
         report: What became of it; ``None``: its checkpoint is gone, and so is the model.
         example: A call of few rows for the live module's next reference, or ``None``.
+        row: One row for each input, by name, or ``None``.
         lacks_module: The graph is not right any more, and the worker has no module to export.
     """
 
     number: int
     report: ExportReport | None
     example: Example | None = None
+    row: Mapping[str, np.ndarray[Any, Any]] | None = None
     lacks_module: bool = field(default=False)
 
 

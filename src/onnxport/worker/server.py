@@ -133,7 +133,7 @@ class _Server:
             return
         known = session.pipeline.blueprint
         example = None if known is None else known.example
-        message = Done(job.number, report, example)
+        message = Done(job.number, report, example, session.pipeline.row)
         try:
             body = pickle.dumps(message, protocol=5)
         except Exception:  # noqa: BLE001 - an example of the user's own classes

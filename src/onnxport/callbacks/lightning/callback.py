@@ -43,7 +43,7 @@ from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.report import ExportReport
-from onnxport.tracking.base import Unavailable
+from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from onnxport.callbacks.runner import Runner
     from onnxport.config import CoreName, Precision
     from onnxport.report import Provenance
-    from onnxport.tracking.base import Tracker
+    from onnxport.tracking.base import RunAddress
+    from onnxport.tracking.outbox import Outbox
 
 __all__ = ["OnnxExport"]
 
@@ -167,6 +168,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._batches = 0
         self._ended = False
         self._early_failure: ExportError | None = None
+        self._outbox: Outbox | None = None
         self._measured = Measured()
         self._roots: list[str] = []
 
@@ -232,13 +234,14 @@ class OnnxExport(metaclass=FrameworkAware):
             logger.warning("%s Training goes on.", _SAME_NAMES)
             self._earlier.append(ExportReport(ok=False, error=_SAME_NAMES))
             return
-        tracker = self._tracker(trainer)
+        address = self._address(trainer)
         self._sessions = {
             name: ExportSession(
                 pl_module,
                 self.options,
                 target=target,
-                tracker=None if tracker is None else tracker.named(name),
+                outbox=self._outbox,
+                address=None if address is None else address.named(name),
                 is_redirected=is_redirected,
                 fallback=lambda: getattr(pl_module, "example_input_array", None),
                 say=teller(type(self)),
@@ -289,8 +292,8 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.stop_observing()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        limit = 0.0 if self.background is None else self.background.drain_s
         if self._sessions:
-            limit = 0.0 if self.background is None else self.background.drain_s
             with _never_raises("the export at the end of training"):
                 self._drain(trainer, limit)
                 self._export_at_end(trainer, pl_module)
@@ -300,6 +303,7 @@ class OnnxExport(metaclass=FrameworkAware):
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
             session.finish(None if best is None else self._model_path(best, name))
+        self._finish_tracking(trainer, limit, "FINISHED")
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -309,7 +313,8 @@ class OnnxExport(metaclass=FrameworkAware):
         if self._sessions:
             self._mirror_links(trainer)
         for session in self._sessions.values():
-            session.finish(failed=True)
+            session.finish()
+        self._finish_tracking(trainer, DRAIN_AFTER_ERROR_S, "FAILED")
 
     def _drain(self, trainer: Any, limit_s: float) -> None:
         drain(self._sessions, limit_s, trainer, teller(type(self)))
@@ -451,17 +456,27 @@ class OnnxExport(metaclass=FrameworkAware):
 
     # --- tracking and errors ----------------------------------------------------------------
 
-    def _tracker(self, trainer: Any) -> Tracker | None:
+    def _address(self, trainer: Any) -> RunAddress | None:
+        """Find the run, and open an outbox to it."""
+        self._outbox = None
         if self._mlflow is None or trainer.fast_dev_run:
             return None
-        from onnxport.tracking.mlflow import MlflowTracker
-
         try:
             address = run_address(trainer, self._mlflow)
         except Exception as error:
             logger.exception("The MLflow run could not be found. Training goes on.")
-            return Unavailable(f"The MLflow run could not be found: {error}")
-        return None if address is None else MlflowTracker(address)
+            self._outbox = Unavailable(f"The MLflow run could not be found: {error}")
+            return None
+        if address is not None:
+            inline = self.background is None
+            self._outbox = InlineOutbox(address) if inline else ProcessOutbox(address)
+        return address
+
+    def _finish_tracking(self, trainer: Any, limit_s: float, status: str) -> None:
+        if self._outbox is not None:
+            with _never_raises("the end of tracking"):
+                self._outbox.drain(limit_s, lambda _: None)
+                self._outbox.close(status)
 
     def _raise_failure(self, trainer: Any) -> None:
         """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,13 @@ def run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress |
             )
     if eagerness == "auto":
         return None
+    fit = secrets.token_hex(16)
     if options.tracking_uri is not None:
-        return RunAddress(uri=options.tracking_uri, options=options)
+        return RunAddress(uri=options.tracking_uri, fit=fit, options=options)
     root = Path(trainer.default_root_dir).resolve()
     return RunAddress(
         uri=f"sqlite:///{root / 'mlflow.db'}",
+        fit=fit,
         artifact_root=(root / "mlartifacts").as_uri(),
         options=options,
     )

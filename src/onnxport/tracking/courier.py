@@ -1,0 +1,140 @@
+"""Carries out what is noted in jobs, one at a time, in whichever process."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from onnxport.report import TrackingRecord
+from onnxport.tracking.base import ModelChangedError, without_password
+from onnxport.tracking.job import finish_job, read_job
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from onnxport.tracking.base import RunAddress, Tracker
+    from onnxport.tracking.job import Job
+
+__all__ = ["Carried", "Courier", "mlflow_tracker"]
+
+logger = logging.getLogger(__name__)
+
+_WHAT = "the logged model, its metrics and its version"
+
+
+def mlflow_tracker(address: RunAddress) -> Tracker:
+    """Return the tracker of a run in MLflow."""
+    from onnxport.tracking.mlflow import MlflowTracker
+
+    return MlflowTracker(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What came of a job.
+
+    Args:
+        token: Of the job; ``""``: there was none, or another process has it.
+        record: What the server holds now, with ``missing`` if it could not be done; ``None`` for a
+            model that was removed.
+        left: Whether it is still to be done.
+    """
+
+    token: str = ""
+    record: TrackingRecord | None = None
+    left: bool = False
+
+
+class Courier:
+    """Brings what jobs ask for to their servers.
+
+    Args:
+        tracker_of: Makes the tracker of a run.
+    """
+
+    def __init__(self, tracker_of: Callable[[RunAddress], Tracker] = mlflow_tracker) -> None:
+        self._tracker_of = tracker_of
+        self._trackers: dict[RunAddress, Tracker] = {}
+
+    def carry_out(self, path: Path, uri: str | None = None) -> Carried:
+        """Carry out a job; what was done is no job any more.
+
+        Args:
+            path: The job.
+            uri: The address of its server with the password, if it has one.
+        """
+        file = _locked(path)
+        if file is None:
+            return Carried()
+        with file:
+            seen = os.fstat(file.fileno())
+            try:
+                job = read_job(path, file.read())
+            except ValueError as error:
+                logger.warning("%s is damaged (%s): it is removed.", path, error)
+                finish_job(path, seen)
+                return Carried()
+            address = job.address if uri is None else replace(job.address, uri=uri)
+            begun = TrackingRecord(uri=without_password(address.uri))
+            try:
+                record = self._do(job, address)
+            except ModelChangedError as error:  # what is there now has a job of its own
+                record = replace(begun, missing=str(error))
+            except Exception as error:  # MLflow, its store and its transport raise anything
+                logger.debug("%s could not be carried out", path, exc_info=True)
+                text = f"{_WHAT} are missing from {begun.uri}: {_first_line(error)}"
+                return Carried(job.token, replace(begun, missing=text), left=True)
+            finish_job(path, seen)
+            return Carried(job.token, record)
+
+    def _do(self, job: Job, address: RunAddress) -> TrackingRecord | None:
+        tracker = self._tracker(address)
+        record = None
+        if job.content is None:
+            tracker.remove(job.place)
+        else:
+            record = tracker.publish(job.content, last=job.last)
+        if job.ended is not None:
+            tracker.close(job.ended)
+        return record
+
+    def close(self, address: RunAddress, status: str) -> None:
+        """End a run of our own, if it can be done now.
+
+        Args:
+            address: The run.
+            status: ``"FINISHED"`` or ``"FAILED"``.
+        """
+        try:
+            self._tracker(address).close(status)
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.warning("The run was not ended: %s", _first_line(error))
+
+    def _tracker(self, address: RunAddress) -> Tracker:
+        if address not in self._trackers:
+            self._trackers[address] = self._tracker_of(address)
+        return self._trackers[address]
+
+
+def _locked(path: Path) -> io.BufferedReader | None:
+    """Open a job for this process alone; ``None``: another one has it, or it is gone."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

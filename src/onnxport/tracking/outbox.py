@@ -1,0 +1,335 @@
+"""Where training leaves what is to be told to a tracking server, and never waits for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from onnxport.report import TrackingRecord
+from onnxport.tracking.base import without_password
+from onnxport.tracking.courier import Courier
+from onnxport.tracking.job import job_path, save_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from onnxport.tracking.base import RunAddress
+    from onnxport.tracking.job import Job
+
+    Told = Callable[[TrackingRecord], None]
+
+__all__ = ["InlineOutbox", "Outbox", "ProcessOutbox", "Unavailable"]
+
+logger = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+"""How often the process is started when it dies."""
+PAUSE_S = 0.2
+"""How often a waiting trainer looks, in seconds."""
+END_LIMIT_S = 2.0
+"""How long an idle process may take to end."""
+
+
+class Outbox(Protocol):
+    """Takes jobs; none of its methods raises but for Ctrl-C."""
+
+    def submit(self, job: Job, told: Told) -> None:
+        """Note a job, and begin it when it is its turn.
+
+        Args:
+            job: The job.
+            told: Called, perhaps by another thread and more than once, with what the server holds.
+                Must not raise.
+        """
+        ...
+
+    def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
+        """Wait for what was begun; a server that was down is asked once more.
+
+        Args:
+            limit_s: How long at most, in seconds.
+            tell: Called now and then with how many are left.
+        """
+        ...
+
+    def close(self, status: str) -> None:
+        """Training is over.
+
+        Args:
+            status: How: ``"FINISHED"`` or ``"FAILED"``.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A job that is noted and not done."""
+
+    job: Job
+    told: Told
+    asked: bool = False
+    """Whether there was an answer."""
+
+
+class _Noted:
+    """Jobs by the place of their models; a newer one replaces an older one."""
+
+    def __init__(self, address: RunAddress) -> None:
+        self._address = address
+        self._entries: dict[Path, _Entry] = {}
+
+    def _note(self, job: Job, told: Told) -> Path | None:
+        """Write a job down; a disk that refuses is said in its record."""
+        try:
+            path = save_job(job)
+        except OSError as error:
+            uri = without_password(job.address.uri)
+            text = f"it could not be noted beside {job.model}: {error.strerror or error}"
+            told(TrackingRecord(uri=uri, missing=text))
+            return None
+        self._entries[path] = _Entry(job, told)
+        return path
+
+    def _leave(self, status: str) -> None:
+        """Note in what is left how the run has ended: whoever does it will end the run."""
+        if not self._is_ours:
+            return
+        for entry in self._entries.values():
+            if job_path(entry.job.model).exists():
+                try:
+                    save_job(replace(entry.job, ended=status))
+                except OSError:
+                    logger.debug("The job of %s stays as it is.", entry.job.model, exc_info=True)
+
+    @property
+    def _is_ours(self) -> bool:
+        return self._address.run_id is None
+
+
+class InlineOutbox(_Noted):
+    """Carries jobs out at once, where they are submitted.
+
+    Once a server was found down, later jobs are only noted, until :meth:`drain`.
+
+    Args:
+        address: The run.
+    """
+
+    def __init__(self, address: RunAddress) -> None:
+        super().__init__(address)
+        self._courier = Courier()
+        self._down: TrackingRecord | None = None
+
+    def submit(self, job: Job, told: Told) -> None:
+        """See :class:`Outbox`."""
+        path = self._note(job, told)
+        if path is None:
+            return
+        if self._down is not None:
+            told(self._down)
+        else:
+            self._carry_out(path)
+
+    def _carry_out(self, path: Path) -> None:
+        entry = self._entries[path]
+        carried = self._courier.carry_out(path, entry.job.address.uri)
+        if carried.left:
+            self._down = carried.record
+        else:
+            self._entries.pop(path, None)
+        if carried.record is not None:
+            entry.told(carried.record)
+
+    def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:  # noqa: ARG002
+        """See :class:`Outbox`; all at once, so without a limit."""
+        self._down = None
+        paths = list(self._entries)
+        for index, path in enumerate(paths):
+            if self._down is not None:
+                break  # asking again for each model would take long
+            tell(len(paths) - index)
+            self._carry_out(path)
+
+    def close(self, status: str) -> None:
+        """See :class:`Outbox`."""
+        self._leave(status)
+        if self._is_ours and not self._entries:
+            self._courier.close(self._address, status)
+
+
+class ProcessOutbox(_Noted):
+    """Hands jobs to a process of its own.
+
+    Args:
+        address: The run.
+    """
+
+    def __init__(self, address: RunAddress) -> None:
+        super().__init__(address)
+        self._changed = threading.Condition()
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._starts = 0
+        self._ended = False
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._start()
+
+    # --- called by the trainer, or by the thread that looks after the worker -----------------
+
+    def submit(self, job: Job, told: Told) -> None:
+        """See :class:`Outbox`."""
+        with self._changed:
+            path = self._note(job, told)
+        if path is not None:
+            self._ask(path)
+
+    def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
+        """See :class:`Outbox`."""
+        end = time.monotonic() + limit_s
+        self._wait(end, tell)
+        with self._changed:
+            failed = list(self._entries)
+            for path in failed:
+                self._entries[path].asked = False
+        for path in failed:
+            self._ask(path)
+        if failed:
+            self._wait(end, tell)
+        self._give_up(limit_s)
+
+    def close(self, status: str) -> None:
+        """See :class:`Outbox`."""
+        with self._changed:
+            self._leave(status)
+            self._closed = True
+            process, done = self._process, not self._entries
+        if self._is_ours and done and process is not None:
+            self._lines.put({"address": asdict(self._address), "status": status})
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended, END_LIMIT_S)
+        self._lines.put(None)
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_LIMIT_S)
+            process.kill()
+
+    def _ask(self, path: Path) -> None:
+        self._lines.put({"job": str(path), "uri": self._address.uri})
+
+    def _wait(self, end: float, tell: Callable[[int], None]) -> None:
+        """Wait until there is an answer for each job."""
+        while True:
+            with self._changed:
+                left = sum(not entry.asked for entry in self._entries.values())
+                if not left or time.monotonic() >= end:
+                    return
+                self._changed.wait(min(PAUSE_S, max(0.0, end - time.monotonic())))
+            tell(left)
+
+    def _give_up(self, limit_s: float) -> None:
+        with self._changed:
+            unanswered = [entry for entry in self._entries.values() if not entry.asked]
+        for entry in unanswered:
+            uri = without_password(self._address.uri)
+            text = f"{uri} did not take it within the {limit_s:g} s that the end of training waits."
+            entry.told(TrackingRecord(uri=uri, missing=text))
+
+    # --- in threads -------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "onnxport.tracking.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            # A terminal sends Ctrl-C to a whole group: what the trainer does is its decision.
+            start_new_session=True,
+        )
+        for work in (self._write, self._listen):
+            threading.Thread(target=work, args=(self._process,), daemon=True).start()
+
+    def _write(self, process: subprocess.Popen[str]) -> None:
+        """Pass lines on; a process that does not read must not hold training up."""
+        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+        with process.stdin as pipe:
+            while (line := self._lines.get()) is not None:
+                try:
+                    pipe.write(json.dumps(line) + "\n")
+                    pipe.flush()
+                except (OSError, ValueError):
+                    return  # who listens sees that it is gone, and begins anew
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+        with process.stdout as pipe:
+            for line in pipe:
+                self._answered(json.loads(line))
+        process.wait()
+        with self._changed:
+            lost = [] if self._closed else list(self._entries)
+        if self._closed:
+            return
+        self._lines.put(None)  # ends the thread that writes to it
+        self._lines = queue.SimpleQueue()
+        if self._starts < MAX_STARTS:
+            self._start()
+            for path in lost:
+                self._ask(path)
+            return
+        self._process = None
+        for path in lost:
+            uri = without_password(self._address.uri)
+            text = f"the process that speaks to {uri} ended {MAX_STARTS} times"
+            self._answered(
+                {"job": str(path), "record": {"uri": uri, "missing": text}, "left": True}
+            )
+
+    def _answered(self, message: dict[str, Any]) -> None:
+        record = None
+        with self._changed:
+            entry = self._entries.get(Path(message.get("job", "")))
+            if message.get("ended"):
+                self._ended = True
+            elif entry is not None and message.get("token", entry.job.token) == entry.job.token:
+                entry.asked = True
+                record = message["record"]
+                if not message["left"]:
+                    del self._entries[Path(message["job"])]
+            elif entry is not None and not message["token"]:  # another process has done it
+                del self._entries[Path(message["job"])]
+        if record is not None and entry is not None:
+            entry.told(TrackingRecord(**record))
+        with self._changed:
+            self._changed.notify_all()
+
+
+class Unavailable:
+    """Stands for a server whose address could not be found out.
+
+    Args:
+        reason: Why; it goes to each report.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def submit(self, job: Job, told: Told) -> None:  # noqa: ARG002
+        """Say that everything is missing."""
+        told(TrackingRecord(uri="", missing=self._reason))
+
+    def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
+        """Do nothing."""
+
+    def close(self, status: str) -> None:
+        """Do nothing."""

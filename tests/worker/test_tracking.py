@@ -1,0 +1,180 @@
+"""Tracking beside training: by a process of its own, whatever the server does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import zoo
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import MLFlowLogger
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
+
+from onnxport import Background, MLflow, OnnxExport
+from onnxport.pipeline.report_files import read_report
+from onnxport.tracking.job import jobs_in
+from onnxport.tracking.outbox import ProcessOutbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.worker,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+OPTIONS = Background(drain_s=100)
+
+
+class Scored(zoo.Classifier):
+    """Logs a score that goes up and down."""
+
+    def __init__(self) -> None:
+        super().__init__(zoo.cnn())
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self(batch["image"])
+        self.log("acc", (0.2, 0.9, 0.3, 0.1)[self.current_epoch])
+
+
+def fit(root: Path, *callbacks: Any, epochs: int = 3, logger: Any = False) -> Scored:
+    torch.manual_seed(0)
+    module = Scored()
+    saves = zoo.checkpoints(root, monitor="acc", mode="max", save_top_k=2)
+    trainer = zoo.trainer(root, saves, *callbacks, logger=logger, epochs=epochs)
+    trainer.fit(module, zoo.loader(), zoo.loader(shuffle=False))
+    return module
+
+
+def models_of(store: str, experiment: str) -> list[Any]:
+    return list(MlflowClient(store).search_logged_models([experiment]))
+
+
+@contextmanager
+def blocked() -> Iterator[list[float]]:
+    """Collect how long each call of the outbox held training up."""
+    spent: list[float] = []
+    submit = ProcessOutbox.submit
+
+    def timed(self: ProcessOutbox, *args: Any) -> None:
+        start = time.perf_counter()
+        submit(self, *args)
+        spent.append(time.perf_counter() - start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessOutbox, "submit", timed)
+        yield spent
+
+
+def test_what_top_k_keeps_is_what_the_server_holds(store: str, tmp_path: Path) -> None:
+    logger = MLFlowLogger("e", tracking_uri=store, artifact_location=(tmp_path / "a").as_uri())
+    export = OnnxExport(core="trace", background=OPTIONS, register="n")
+    fit(tmp_path, export, logger=logger, epochs=4)
+    assert [report.error for report in export.reports if report.error] == []
+    models = models_of(store, logger.experiment_id)
+    assert {model.status for model in models} == {LoggedModelStatus.READY}
+    names = {model.name for model in models}
+    assert names >= {"epoch=1-step=6", "epoch=2-step=9"}
+    # The first one has left the top two; if it was told in time, a version was made of it.
+    assert all("mlflow.modelVersions" in m.tags for m in models if m.name == "epoch=0-step=3")
+    assert names <= {"epoch=0-step=3", "epoch=1-step=6", "epoch=2-step=9"}
+    assert [m.name for m in models if "onnxport.last" in m.tags] == ["epoch=2-step=9"]
+    assert [m.name for m in models if "onnxport.best" in m.tags] == ["epoch=1-step=6"]
+    kept = [r for r in export.reports if r.path and Path(r.path).exists()]
+    assert [bool(report.tracking and report.tracking.model_id) for report in kept] == [True, True]
+    for report in kept:
+        saved = read_report(tmp_path / "checkpoints" / Path(str(report.path)).name)
+        assert saved is not None
+        assert saved.tracking == report.tracking
+    assert list(jobs_in([tmp_path])) == []
+    assert MlflowClient(store).get_run(logger.run_id).info.status == "FINISHED"
+
+
+def test_a_removed_model_without_a_version_goes(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+    fit(tmp_path, export, epochs=4)
+    experiment = MlflowClient(store).get_experiment_by_name("onnxport").experiment_id
+    names = sorted(model.name for model in models_of(store, experiment))
+    assert names == ["epoch=1-step=6", "epoch=2-step=9"]
+    (run,) = MlflowClient(store).search_runs([experiment])
+    assert run.info.status == "FINISHED"
+
+
+def test_training_is_bit_identical(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+    with_tracking = fit(tmp_path / "on", export)
+    assert with_tracking.losses == fit(tmp_path / "off").losses
+
+
+@pytest.mark.parametrize("how", ["hangs", "500", "slow", "closed"])
+def test_training_never_waits_for_the_server(how: str, tmp_path: Path) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if how == "hangs":
+                time.sleep(30)
+            time.sleep(2 if how == "slow" else 0)
+            self.send_response(500)
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815 - the name that http.server calls
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads = True
+    server.block_on_close = False
+    if how == "closed":
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_address[1]}"
+    options = Background(drain_s=20)
+    export = OnnxExport(core="trace", background=options, mlflow=MLflow(tracking_uri=uri))
+    with blocked() as spent:
+        fit(tmp_path, export, epochs=4)
+    if how != "closed":
+        server.shutdown()
+    assert max(spent) < 1  # the figure is in benchmarks/tracking.py
+    kept = [report for report in export.reports if report.ok and Path(report.path).exists()]
+    assert len(kept) == 2
+    for report in kept:
+        assert uri in report.tracking.missing
+        assert report.tracking.model_id is None
+    left = list(jobs_in([tmp_path]))
+    assert len(left) >= len(kept)
+
+
+class KillTracking(Callback):
+    """Kills the process that speaks to the server after each epoch."""
+
+    def __init__(self, export: OnnxExport) -> None:
+        self.export = export
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        process = self.export._outbox._process
+        if trainer.current_epoch < 2 and process is not None:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_replaced(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(
+        core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store, register="n")
+    )
+    fit(tmp_path, export, KillTracking(export))
+    kept = [report for report in export.reports if Path(report.path).exists()]
+    assert [report.tracking.missing for report in kept] == ["", ""]
+    experiment = MlflowClient(store).get_experiment_by_name("onnxport").experiment_id
+    assert {m.status for m in models_of(store, experiment)} == {LoggedModelStatus.READY}
+    assert len(MlflowClient(store).search_runs([experiment])) == 1
