@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxport.callbacks.cadence import Cadence
     from onnxport.callbacks.lightning import OnnxExport
     from onnxport.callbacks.resume import resume
+    from onnxport.callbacks.sync import sync
     from onnxport.config import Background, Inputs, MLflow, Tolerance, Verify
     from onnxport.errors import (
         ConfigurationError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from onnxport.exporter.weights import weights_sha256
-    from onnxport.report import Check, ExportReport
+    from onnxport.report import Check, ExportReport, TrackingRecord
     from onnxport.tree import Example
 
 __version__ = "0.1.0"
@@ -49,12 +50,14 @@ __all__ = [
     "PublishError",
     "Tolerance",
     "TrackingError",
+    "TrackingRecord",
     "VerificationError",
     "Verify",
     "WorkerError",
     "__version__",
     "export",
     "resume",
+    "sync",
     "verify",
     "weights_sha256",
 ]
@@ -64,6 +67,7 @@ _HOMES = {
     "onnxport.callbacks.cadence": ("Cadence",),
     "onnxport.callbacks.lightning": ("OnnxExport",),
     "onnxport.callbacks.resume": ("resume",),
+    "onnxport.callbacks.sync": ("sync",),
     "onnxport.config": ("Background", "Inputs", "MLflow", "Tolerance", "Verify"),
     "onnxport.errors": (
         "ConfigurationError",
@@ -77,7 +81,7 @@ _HOMES = {
         "WorkerError",
     ),
     "onnxport.exporter.weights": ("weights_sha256",),
-    "onnxport.report": ("Check", "ExportReport"),
+    "onnxport.report": ("Check", "ExportReport", "TrackingRecord"),
     "onnxport.tree": ("Example",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

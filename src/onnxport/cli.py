@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads annotations
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from onnxport._optional import optional_import
 from onnxport.errors import OnnxportError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import typer
 
-    from onnxport.report import ExportReport
+    from onnxport.report import ExportReport, TrackingRecord
 
 __all__ = ["main"]
+
+Result = TypeVar("Result")
 
 
 def resume(
@@ -29,15 +33,90 @@ def resume(
 
     from onnxport.callbacks.resume import resume as resume_folder
 
-    try:
-        reports = resume_folder(folder, lambda report: typer.echo(_line(report)))
-    except OnnxportError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+    reports = _or_exit(lambda: resume_folder(folder, lambda report: typer.echo(_line(report))))
     made = sum(report.ok for report in reports)
     typer.echo(f"{made} of {len(reports)} models made." if reports else "No model is owed here.")
     if made < len(reports):
         raise typer.Exit(1)
+
+
+def sync(
+    folder: Annotated[Path, "Folder of checkpoints."],
+) -> None:
+    """Tell MLflow of the models in FOLDER and below that it was to be told of, and was not.
+
+    After a run that was killed, or whose server was down. What was begun is completed, and nothing
+    is logged twice. A password in the address is taken from MLFLOW_TRACKING_URI.
+    """  # noqa: DOC501 - as above
+    import typer
+
+    from onnxport.callbacks.sync import sync as sync_folder
+
+    def tell(model: Path, record: TrackingRecord) -> None:
+        held = f"logged model {record.model_id}"
+        if record.version is not None:
+            held += f", version {record.version} of {record.registered_name}"
+        typer.echo(f"{model}: {record.missing or held}")
+
+    told = _or_exit(lambda: sync_folder(folder, tell))
+    done = sum(not record.missing for record in told.values())
+    typer.echo(f"{done} of {len(told)} models told." if told else "Nothing is left to tell here.")
+    if done < len(told):
+        raise typer.Exit(1)
+
+
+def promote(
+    name: Annotated[str, "Name of the registered model."],
+    version: Annotated[int, "Number of the version."],
+    alias: str = "champion",
+    tracking_uri: str = "",
+    *,
+    pin: bool = True,
+) -> None:
+    """Make a VERSION of the registered model NAME the champion, because you say so.
+
+    Pinned, it stays until somebody promotes or rolls back; with --no-pin, training may replace it
+    by a better one again. The address is --tracking-uri, or MLFLOW_TRACKING_URI.
+    """
+    import typer
+
+    from onnxport.tracking import promote as promote_version
+
+    before = _or_exit(
+        lambda: promote_version(
+            name, version, alias=alias, tracking_uri=tracking_uri or None, pin=pin
+        )
+    )
+    was = "none was before" if before is None else f"version {before} was before"
+    pinned = "; pinned, no training will move it" if pin else ""
+    typer.echo(f"Version {version} of {name} is {alias} now ({was}{pinned}).")
+
+
+def rollback(
+    name: Annotated[str, "Name of the registered model."],
+    alias: str = "champion",
+    tracking_uri: str = "",
+) -> None:
+    """Give the champion's place of the registered model NAME back to the version before it.
+
+    The version that loses it never gets it again by itself.
+    """
+    import typer
+
+    from onnxport.tracking import rollback as roll_back
+
+    was, now = _or_exit(lambda: roll_back(name, alias=alias, tracking_uri=tracking_uri or None))
+    typer.echo(f"Version {now} of {name} is {alias} again; version {was} is rejected.")
+
+
+def _or_exit(work: Callable[[], Result]) -> Result:
+    import typer
+
+    try:
+        return work()
+    except OnnxportError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
 
 
 def _line(report: ExportReport) -> str:
@@ -51,7 +130,8 @@ def _app() -> typer.Typer:
         import typer
 
     app = typer.Typer(add_completion=False, no_args_is_help=True)
-    app.command()(resume)
+    for command in (resume, sync, promote, rollback):
+        app.command()(command)
 
     @app.callback()
     def _top() -> None:

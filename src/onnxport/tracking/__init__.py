@@ -1,1 +1,10 @@
-"""Bring proven models to a tracking server."""
+"""Bring proven models to a tracking server, and decide which of them is served.
+
+MLflow itself is imported when it is used: that takes seconds.
+"""
+
+from __future__ import annotations
+
+from onnxport.tracking.people import promote, rollback
+
+__all__ = ["promote", "rollback"]

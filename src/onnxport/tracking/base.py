@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from onnxport.config import MLflow
-from onnxport.errors import TrackingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +66,7 @@ class RunAddress:
         return replace(self, options=replace(self.options, register=name))
 
 
-class ModelChangedError(TrackingError):
+class ModelChangedError(Exception):
     """A file is not what was proven: a newer model has its name, or it is gone."""
 
 

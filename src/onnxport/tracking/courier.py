@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnxport.tracking.base import RunAddress, Tracker
     from onnxport.tracking.job import Job
 
-__all__ = ["Carried", "Courier", "mlflow_tracker"]
+__all__ = ["Carried", "Courier", "mlflow_tracker", "with_password"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class Courier:
 
         Args:
             path: The job.
-            uri: The address of its server with the password, if it has one.
+            uri: The address of its server with the password, if it has one; ``None``: see
+                :func:`with_password`.
         """
         file = _locked(path)
         if file is None:
@@ -79,7 +80,7 @@ class Courier:
                 logger.warning("%s is damaged (%s): it is removed.", path, error)
                 finish_job(path, seen)
                 return Carried()
-            address = job.address if uri is None else replace(job.address, uri=uri)
+            address = replace(job.address, uri=uri or with_password(job.address.uri))
             begun = TrackingRecord(uri=without_password(address.uri))
             try:
                 record = self._do(job, address)
@@ -119,6 +120,12 @@ class Courier:
         if address not in self._trackers:
             self._trackers[address] = self._tracker_of(address)
         return self._trackers[address]
+
+
+def with_password(uri: str) -> str:
+    """Return an address with the password that ``MLFLOW_TRACKING_URI`` has for it, if it does."""
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return known if known and without_password(known) == uri else uri
 
 
 def _locked(path: Path) -> io.BufferedReader | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["Job", "finish_job", "job_path", "jobs_in", "read_job", "save_job"]
+__all__ = ["Job", "finish_job", "job_path", "jobs_in", "model_of", "read_job", "save_job"]
 
 _SUFFIX = ".tracking"
 _VERSION = 1
@@ -58,6 +58,11 @@ def job_path(model: Path) -> Path:
     return model.with_name(f".{model.name}{_SUFFIX}")
 
 
+def model_of(path: Path) -> Path:
+    """Return the model that a job is about."""
+    return path.with_name(path.name[1 : -len(_SUFFIX)])
+
+
 def save_job(job: Job) -> Path:
     """Note a job; an older one for the same model is replaced in one step.
 
@@ -65,7 +70,12 @@ def save_job(job: Job) -> Path:
         OSError: If the disk does not take it.
     """
     path = job_path(job.model)
-    address = asdict(job.address) | {"uri": without_password(job.address.uri)}
+    # The address is written once; what the user gave as an option may hold a password, too.
+    options = asdict(job.address.options) | {"tracking_uri": None}
+    address = asdict(job.address) | {
+        "uri": without_password(job.address.uri),
+        "options": options,
+    }
     content = {
         "version": _VERSION,
         "place": job.place,
@@ -96,7 +106,7 @@ def read_job(path: Path, text: bytes) -> Job:
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}")
         address, model = content["address"], content["content"]
-        lies, place = path.with_name(path.name[1 : -len(_SUFFIX)]), str(content["place"])
+        lies, place = model_of(path), str(content["place"])
         return Job(
             model=lies,
             place=place,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
-from onnxport.tracking.courier import Courier
-from onnxport.tracking.job import job_path, save_job
+from onnxport.tracking.courier import Courier, with_password
+from onnxport.tracking.job import job_path, read_job, save_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnxport.tracking.base import RunAddress
     from onnxport.tracking.job import Job
 
-    Told = Callable[[TrackingRecord], None]
+    Told = Callable[[TrackingRecord], object]
 
 __all__ = ["InlineOutbox", "Outbox", "ProcessOutbox", "Unavailable"]
 
@@ -49,6 +49,15 @@ class Outbox(Protocol):
             job: The job.
             told: Called, perhaps by another thread and more than once, with what the server holds.
                 Must not raise.
+        """
+        ...
+
+    def adopt(self, path: Path, told: Told) -> None:
+        """Begin a job that an earlier run has left.
+
+        Args:
+            path: The job.
+            told: See :meth:`submit`.
         """
         ...
 
@@ -99,12 +108,25 @@ class _Noted:
         self._entries[path] = _Entry(job, told)
         return path
 
+    def _take(self, path: Path, told: Told) -> bool:
+        """Take a job that is noted already; the password of our own server is known."""
+        try:
+            job = read_job(path, path.read_bytes())
+        except (OSError, ValueError):
+            logger.warning("%s cannot be read: remove it.", path, exc_info=True)
+            return False
+        ours = job.address.uri == without_password(self._address.uri)
+        uri = self._address.uri if ours else with_password(job.address.uri)
+        job = replace(job, address=replace(job.address, uri=uri))
+        return self._entries.setdefault(path, entry := _Entry(job, told)) is entry
+
     def _leave(self, status: str) -> None:
         """Note in what is left how the run has ended: whoever does it will end the run."""
         if not self._is_ours:
             return
         for entry in self._entries.values():
-            if job_path(entry.job.model).exists():
+            same = entry.job.address.fit == self._address.fit
+            if same and job_path(entry.job.model).exists():
                 try:
                     save_job(replace(entry.job, ended=status))
                 except OSError:
@@ -137,6 +159,11 @@ class InlineOutbox(_Noted):
         if self._down is not None:
             told(self._down)
         else:
+            self._carry_out(path)
+
+    def adopt(self, path: Path, told: Told) -> None:
+        """See :class:`Outbox`."""
+        if self._take(path, told) and self._down is None:
             self._carry_out(path)
 
     def _carry_out(self, path: Path) -> None:
@@ -192,6 +219,13 @@ class ProcessOutbox(_Noted):
         if path is not None:
             self._ask(path)
 
+    def adopt(self, path: Path, told: Told) -> None:
+        """See :class:`Outbox`."""
+        with self._changed:
+            taken = self._take(path, told)
+        if taken:
+            self._ask(path)
+
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
         """See :class:`Outbox`."""
         end = time.monotonic() + limit_s
@@ -223,7 +257,10 @@ class ProcessOutbox(_Noted):
             process.kill()
 
     def _ask(self, path: Path) -> None:
-        self._lines.put({"job": str(path), "uri": self._address.uri})
+        with self._changed:
+            entry = self._entries.get(path)
+        if entry is not None:
+            self._lines.put({"job": str(path), "uri": entry.job.address.uri})
 
     def _wait(self, end: float, tell: Callable[[int], None]) -> None:
         """Wait until there is an answer for each job."""
@@ -327,6 +364,9 @@ class Unavailable:
     def submit(self, job: Job, told: Told) -> None:  # noqa: ARG002
         """Say that everything is missing."""
         told(TrackingRecord(uri="", missing=self._reason))
+
+    def adopt(self, path: Path, told: Told) -> None:
+        """Leave it."""
 
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
         """Do nothing."""

@@ -79,7 +79,9 @@ def _probe_for(uri: str, timeout_s: float) -> Callable[[], None] | None:
 
 def _ask_http(uri: str, timeout_s: float) -> None:
     with contextlib.suppress(urllib.error.HTTPError):  # it answers: no such page, or a password
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s).close()  # noqa: S310 - http(s) only
+        parts = urlsplit(uri.rstrip("/"))
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        urllib.request.urlopen(f"{bare}/health", timeout=timeout_s).close()  # noqa: S310 - http(s) only
 
 
 def _ask_sqlite(uri: str, timeout_s: float) -> None:

@@ -40,9 +40,11 @@ from onnxport.callbacks.options import (
 from onnxport.callbacks.paths import ModelPaths
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
+from onnxport.callbacks.sync import keep_record
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.report import ExportReport
+from onnxport.tracking.job import jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
 from onnxport.validation.session import require_runtime
 
@@ -327,6 +329,9 @@ class OnnxExport(metaclass=FrameworkAware):
         folders = [*map(Path, self._roots), *([self.dirpath] if self.dirpath else [])]
         for session in self._sessions.values():
             session.recover(folders)
+        if self._batches == OBSERVED_FIRST + 1 and self._outbox is not None:
+            for job in jobs_in(folders):  # what an earlier run could not tell its server
+                self._outbox.adopt(job, partial(keep_record, model_of(job)))
         if self.preflight is None:
             return
         waiting = [(n, session) for n, session in self._sessions.items() if session.awaits_trial]

@@ -1,0 +1,70 @@
+"""Tell tracking servers what an earlier training run could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxport.errors import ConfigurationError
+from onnxport.pipeline.report_files import read_report, save_report
+from onnxport.tracking.courier import Courier
+from onnxport.tracking.job import jobs_in, model_of
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from onnxport.report import ExportReport, TrackingRecord
+
+__all__ = ["keep_record", "sync"]
+
+
+def keep_record(model: Path, record: TrackingRecord) -> ExportReport | None:
+    """Write what a server holds to the report beside a model; return the report."""
+    report = read_report(model)
+    if report is None:
+        return None
+    report = report.with_tracking(record)
+    save_report(report, model)
+    return report
+
+
+def sync(
+    folder: str | os.PathLike[str], tell: Callable[[Path, TrackingRecord], None] = lambda *_: None
+) -> dict[Path, TrackingRecord]:
+    """Tell tracking servers of the models that they were to be told of, and were not.
+
+    A training run notes beside each model what its server should hold, and removes the note when
+    the server holds it. What is left of a run that was killed, or whose server was down, is found
+    here; what was begun is completed, and nothing is logged twice. Passwords are not in the notes:
+    one that was part of the address is taken from ``MLFLOW_TRACKING_URI``, if the rest is the same.
+
+    Args:
+        folder: Where to look, and below.
+        tell: Called with each model and what its server holds, as it comes.
+
+    Returns:
+        What the servers hold, by model; ``missing`` says what could not be done, and stays noted.
+
+    Raises:
+        ConfigurationError: If there is no such folder.
+
+    Example:
+        >>> import tempfile, onnxport
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     onnxport.sync(folder)  # nothing is left here
+        {}
+    """
+    root = Path(folder).absolute()
+    if not root.is_dir():
+        found = f"{root} is a file" if root.exists() else f"There is no folder {root}"
+        raise ConfigurationError(f"{found}. Give the folder of checkpoints.")
+    courier, told = Courier(), {}
+    for path in jobs_in([root]):
+        carried = courier.carry_out(path)
+        if carried.record is not None:
+            model = model_of(path)
+            keep_record(model, carried.record)
+            told[model] = carried.record
+            tell(model, carried.record)
+    return told
