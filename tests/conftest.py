@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from servers import mlflow_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,3 +84,12 @@ def store(mlflow_database: Path, tmp_path: Path) -> str:
     """The address of a fresh sqlite store."""
     shutil.copyfile(mlflow_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def server(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(mlflow_database, folder / "mlflow.db")
+    with mlflow_server(f"sqlite:///{folder / 'mlflow.db'}", folder) as uri:
+        yield uri

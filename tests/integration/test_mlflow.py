@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +18,11 @@ import zoo
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
+from servers import free_port
 
 from onnxport import MLflow, OnnxExport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import lightning.pytorch as pl
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -56,36 +50,6 @@ def fit(root: Path, callback: OnnxExport, scores: tuple[float, ...], logger: Any
 def logger_for(uri: str, root: Path, **options: Any) -> MLFlowLogger:
     location = {} if uri.startswith("http") else {"artifact_location": (root / "art").as_uri()}
     return MLFlowLogger("experiment", tracking_uri=uri, **location | options)
-
-
-def port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server on loopback."""
-    folder = tmp_path_factory.mktemp("server")
-    database = folder / "mlflow.db"
-    database.write_bytes(mlflow_database.read_bytes())
-    number = port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(number), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        uri = f"http://127.0.0.1:{number}"
-        for _ in range(300):
-            with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
-                break
-            time.sleep(0.2)
-        yield uri
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
 
 
 def address(request: pytest.FixtureRequest, kind: str) -> str:
@@ -257,7 +221,7 @@ def seconds_added_by_tracking(root: Path, uri: str) -> tuple[float, OnnxExport]:
 
 
 def test_a_closed_port_holds_training_up_for_less_than_two_seconds(tmp_path: Path) -> None:
-    spent, callback = seconds_added_by_tracking(tmp_path, f"http://127.0.0.1:{port()}")
+    spent, callback = seconds_added_by_tracking(tmp_path, f"http://127.0.0.1:{free_port()}")
     assert spent < 2
     assert_all_missing(callback)
 

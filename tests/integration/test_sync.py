@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
-from socket import create_server
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import zoo
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
+from servers import free_port
 
 import onnxport
 from onnxport import Background, ConfigurationError, MLflow, OnnxExport
@@ -26,8 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 
 def closed_port() -> str:
-    with closing(create_server(("127.0.0.1", 0))) as probe:
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def fit(root: Path, uri: str, *, epochs: int = 2, **options: Any) -> OnnxExport:

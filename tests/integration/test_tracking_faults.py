@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
+from servers import free_port
 
 from onnxport import MLflow, OnnxExport
 from onnxport.tracking.outbox import InlineOutbox
@@ -43,11 +44,6 @@ class Scored(zoo.Classifier):
 def fit(root: Path, *callbacks: Any, logger: Any = False, epochs: int = 2) -> None:
     trainer = zoo.trainer(root, *callbacks, logger=logger, epochs=epochs)
     trainer.fit(Scored(), zoo.loader(), zoo.loader(shuffle=False))
-
-
-def closed_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -175,7 +171,7 @@ def test_a_folder_for_models_that_cannot_be_written(read_only: Path, tmp_path: P
 
 @pytest.mark.parametrize("scheme", ["postgresql", "mysql", "mysql+pymysql"])
 def test_a_database_with_a_closed_port(scheme: str, tmp_path: Path) -> None:
-    uri = f"{scheme}://user:secret@127.0.0.1:{closed_port()}/db"
+    uri = f"{scheme}://user:secret@127.0.0.1:{free_port()}/db"
     callback = OnnxExport(core="trace", mlflow=MLflow(tracking_uri=uri))
     with spent_in_tracking() as spent:
         fit(tmp_path, zoo.checkpoints(tmp_path), callback)
@@ -254,7 +250,7 @@ def test_a_whole_fit_with_a_closed_port_takes_less_than_two_seconds_more(tmp_pat
         fit(tmp_path / name, saves, OnnxExport(core="trace", mlflow=mlflow), epochs=4)
         return time.perf_counter() - start
 
-    closed = MLflow(tracking_uri=f"http://127.0.0.1:{closed_port()}", register="n")
+    closed = MLflow(tracking_uri=f"http://127.0.0.1:{free_port()}", register="n")
     seconds("warm", mlflow=False)
     pairs = [(seconds(f"off{n}", mlflow=False), seconds(f"on{n}", closed)) for n in range(2)]
     assert min(on for _, on in pairs) - min(off for off, _ in pairs) < 2
