@@ -1,4 +1,4 @@
-"""Train on real images, get proven ONNX models, and serve the best one.
+"""Train on real images, get proven ONNX models, and serve the best one; train again, and go back.
 
 Everything is local: scikit-learn ships the images, MLflow keeps its store in a sqlite file. Run it
 with ``make demo`` or ``python examples/digits.py [folder]``.
@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
+from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -30,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from onnxport import ExportReport, OnnxExport
+from onnxport.tracking import rollback
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,34 +86,34 @@ def load_data() -> tuple[DataLoader, DataLoader, torch.Tensor]:
     return DataLoader(train, 64, shuffle=True), DataLoader(val, 100), images[1500:]
 
 
-def train(root: Path) -> tuple[Digits, OnnxExport, ModelCheckpoint]:
-    """Train for six epochs with one callback more than usual."""
+def train(root: Path, name: str, epochs: int) -> tuple[OnnxExport, ModelCheckpoint]:
+    """Train with one callback more than usual."""
     pl.seed_everything(0)
     train_loader, val_loader, _ = load_data()
-    model = Digits()
     export = OnnxExport(register="digits")
     best = ModelCheckpoint(
-        dirpath=root / "checkpoints",
+        dirpath=root / name,
         filename="{epoch}-{val_acc:.3f}",
         monitor="val_acc",
         mode="max",
         save_top_k=2,
     )
     trainer = pl.Trainer(
-        max_epochs=6,
+        max_epochs=epochs,
         accelerator="cpu",
         default_root_dir=root,
         callbacks=[export, best],
         logger=MLFlowLogger(
             "digits",
+            run_name=name,
             tracking_uri=tracking_uri(root),
             artifact_location=(root / "artifacts").as_uri(),
         ),
         enable_progress_bar=False,
         log_every_n_steps=10,
     )
-    trainer.fit(model, train_loader, val_loader)
-    return model, export, best
+    trainer.fit(Digits(), train_loader, val_loader)
+    return export, best
 
 
 def tracking_uri(root: Path) -> str:
@@ -208,6 +210,45 @@ def show(reports: list[ExportReport], picture: Path) -> None:
     console.save_svg(str(picture), title="onnxport")
 
 
+def show_registry(root: Path, title: str) -> dict[str, str]:
+    """Print the versions in the registry, and return which of them has which alias."""
+    client = MlflowClient(tracking_uri(root))
+    table = Table(title=title)
+    for column in ("version", "run", "checkpoint", "val_acc", "alias"):
+        table.add_column(column)
+    aliases = client.get_registered_model("digits").aliases
+    versions = client.search_model_versions("name = 'digits'")
+    for each in sorted(versions, key=lambda each: int(each.version)):
+        table.add_row(
+            str(each.version),
+            client.get_run(each.run_id).info.run_name,
+            Path(each.tags["onnxport.checkpoint"]).stem,
+            f"{float(each.tags['onnxport.metric.value']):.3f}",
+            ", ".join(alias for alias, v in aliases.items() if int(v) == int(each.version)),
+        )
+    Console(width=100).print(table)
+    return {alias: str(version) for alias, version in aliases.items()}
+
+
+def train_again_and_go_back(root: Path) -> None:
+    """A worse model does not become champion, a better one does, and a person may go back."""
+    first = show_registry(root, "after the first training")["champion"]
+    train(root, "worse", epochs=1)
+    require(show_registry(root, "after a worse one")["champion"] == first, "it stays champion")
+    train(root, "better", epochs=20)
+    better = show_registry(root, "after a better one")
+    require(better["champion"] != first, "the better one is champion")
+    rollback("digits", tracking_uri=tracking_uri(root))
+    after = show_registry(root, "after a rollback")
+    require(after["champion"] == better["previous"], "the one before is champion again")
+
+
+def require(ok: bool, what: str) -> None:
+    """End with a sentence if something is not as it should be."""
+    if not ok:
+        raise SystemExit(f"not as it should be: {what}")
+
+
 def version(report: ExportReport) -> int:
     """Return the version in the registry; 0 without one."""
     return (report.tracking and report.tracking.version) or 0
@@ -218,10 +259,10 @@ def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="onnxport-demo-"))
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    _, export, checkpoints = train(root)
+    export, checkpoints = train(root, "checkpoints", epochs=6)
     show(export.reports, root / "reports.svg")
-    best = checkpoints.best_model_path
-    check_served_answers(root, best)
+    check_served_answers(root, checkpoints.best_model_path)
+    train_again_and_go_back(root)
     print(f"models, reports and store: {root}")
     print(f"look around: {sys.executable} -m mlflow ui --backend-store-uri {tracking_uri(root)}")
 

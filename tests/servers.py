@@ -49,7 +49,7 @@ def mlflow_server(store: str, folder: Path, *options: str, **env: str) -> Iterat
         )
         try:
             uri = f"http://127.0.0.1:{port}"
-            _wait_for(f"{uri}/health", process, log)
+            wait_for(f"{uri}/health", process, log)
             yield uri
         finally:
             with suppress(ProcessLookupError):
@@ -57,7 +57,12 @@ def mlflow_server(store: str, folder: Path, *options: str, **env: str) -> Iterat
             process.wait(timeout=30)
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server answers, whatever it answers.
+
+    Raises:
+        RuntimeError: If it ends, or does not.
+    """
     end = time.monotonic() + START_LIMIT_S
     while process.poll() is None and time.monotonic() < end:
         with suppress(OSError):
