@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 START_LIMIT_S = 120.0
 
@@ -71,3 +73,48 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             return
         time.sleep(0.2)
     raise RuntimeError(f"no server at {url}: {log.read_text()[-3000:]}")
+
+
+def postgres_folder() -> Path | None:
+    """Return where PostgreSQL's programs are; ``None``: it is not installed."""
+    for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
+        if (folder / "initdb").exists():
+            return folder
+    found = shutil.which("initdb")
+    return None if found is None else Path(found).parent
+
+
+@contextmanager
+def postgres(programs: Path) -> Iterator[str]:
+    """Run PostgreSQL for the block, in a folder of its own; yield the address of an empty database.
+
+    Args:
+        programs: Where ``initdb`` and ``postgres`` are.
+
+    Raises:
+        RuntimeError: If it does not start.
+    """
+    port = free_port()
+    # It refuses to run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory(prefix="onnxport-pg-") as folder:
+        if user:
+            shutil.chown(folder, "postgres")
+        data = f"{folder}/data"
+        # Another folder than the tests' own, which that user may not enter.
+        init = [programs / "initdb", "-D", data, "-U", "onnxport", "--auth=trust", "-E", "UTF8"]
+        subprocess.run([*user, *map(str, init)], check=True, capture_output=True, cwd="/")
+        command = [str(programs / "postgres"), "-D", data, "-p", str(port), "-k", folder]
+        with (Path(folder) / "log").open("w") as log:
+            server = subprocess.Popen([*user, *command], stdout=log, stderr=log, cwd="/")
+            try:
+                ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
+                while subprocess.run(ready, check=False, capture_output=True).returncode:
+                    if server.poll() is not None:
+                        raise RuntimeError(Path(log.name).read_text())
+                    time.sleep(0.1)
+                yield f"postgresql+psycopg2://onnxport@127.0.0.1:{port}/postgres"
+            finally:
+                stop = [str(programs / "pg_ctl"), "-D", data, "-m", "immediate", "stop"]
+                subprocess.run([*user, *stop], check=False, capture_output=True, cwd="/")
+                server.wait(timeout=30)

@@ -94,6 +94,8 @@ class Check:
             ``"live"``: what the module in training gave with the checkpoint's weights.
         outputs: One comparison per output, in graph order.
         ok: Whether all outputs agreed.
+        seconds: How long ONNX Runtime took, with weights that lie in a file as they are: a session
+            that was loaded to serve may be faster.
     """
 
     provider: str
@@ -102,6 +104,7 @@ class Check:
     reference: str
     outputs: tuple[OutputError, ...]
     ok: bool
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

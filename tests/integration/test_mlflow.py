@@ -76,7 +76,9 @@ def test_each_proven_model_becomes_a_logged_model_of_the_same_run(
         metrics = {metric.key: metric for metric in model.metrics}
         assert metrics["score"].value == pytest.approx(report.metrics["score"])
         assert metrics["score"].step == report.global_step - 1
-        assert "onnx/max_abs_error" in metrics
+        ours = {key for key in metrics if key.startswith("onnx/")}
+        assert {"onnx/max_abs_err", "onnx/size_mb", "onnx/export_s"} < ours
+        assert 0 < metrics["onnx/latency_ms_p50"].value < 1000
         files = {file.path for file in client.list_logged_model_artifacts(model.model_id)}
         assert {"MLmodel", "model.onnx", "requirements.txt"} <= files
     assert len(run.outputs.model_outputs) == 3

@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -325,16 +325,18 @@ def check_case(
         VerificationError: If it disagrees or fails, with the checks so far.
     """
     where = _where(case.sizes, case.rows)
+    start = time.perf_counter()
     try:
         outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
     except VerificationError as error:
         raise VerificationError(f"At {where}, {error}", error.checks) from error
+    took = round(time.perf_counter() - start, 6)
     check = _check(signature, session, case, case.references, outputs)
     if not check.ok and case.refine is not None:
         check = _check(signature, session, case, case.refine(), outputs)
     if not check.ok:
         raise VerificationError(_disagreement(check), (*before, check))
-    return check
+    return replace(check, seconds=took)
 
 
 def _check(

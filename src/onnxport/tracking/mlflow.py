@@ -7,15 +7,21 @@ READY only when all its files are there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
 import tempfile
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from onnxport._optional import optional_import
+from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
 from onnxport.tracking.marks import mark
@@ -38,6 +44,9 @@ REQUEST_TIMEOUT_S = 2
 """How long it may take for each answer, once it has given a sign of life."""
 UPLOAD_BYTES_PER_S = 10_000_000
 """How fast it must take files."""
+OPEN_LIMIT_S = 60.0
+"""How long another process may take to make the tables of a database."""
+_OPENED: set[str] = set()
 _FIT = f"{TAG_PREFIX}fit"
 """Tag of a run of our own: which training it belongs to."""
 _ENVIRONMENT = {
@@ -204,7 +213,8 @@ class MlflowTracker:
         latest = {metric.key: metric for metric in client.get_run(run_id).data.to_proto().metrics}
         step = max((report.global_step or 0) - 1, 0)  # where Lightning logs for this checkpoint
         points = {
-            "onnx/max_abs_error": report.max_abs_error or 0.0,
+            "onnx/max_abs_err": report.max_abs_error or 0.0,
+            "onnx/latency_ms_p50": _latency_ms(report),
             "onnx/size_mb": _size_of(model.path) / 2**20,
             "onnx/export_s": sum(
                 s for stage, s in report.seconds.items() if stage not in {"total", "stall"}
@@ -289,8 +299,26 @@ class _Run:
 
 
 def _client(uri: str) -> Any:
+    """Return a client; the first one to a database makes its tables, alone.
+
+    Two processes that make them at once get in each other's way, and leave a database that nobody
+    can use.
+
+    Raises:
+        TrackingError: If another process is at it for long.
+    """
     with optional_import(extra="mlflow", needed_for="MLflow tracking"):
         from mlflow import MlflowClient
+    if uri not in _OPENED and not uri.startswith("http"):
+        name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        try:
+            with FileLock(
+                Path(tempfile.gettempdir()) / f"onnxport-{os.getuid()}-{name}.lock", OPEN_LIMIT_S
+            ):
+                MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        except Timeout as error:
+            raise TrackingError("another process has been opening it for long") from error
+        _OPENED.add(uri)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -357,3 +385,13 @@ def _tags(model: Model) -> dict[str, str]:
 def _size_of(path: Path) -> int:
     files = (path, path.with_name(path.name + DATA_SUFFIX))
     return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _latency_ms(report: ExportReport) -> float:
+    """Return the median of the proof's runs of the fewest rows on the CPU."""
+    runs = [check for check in report.checks if check.provider == "CPUExecutionProvider"]
+    runs = runs or list(report.checks)
+    fewest = min((prod(check.sizes.values()) for check in runs), default=0)
+    return 1000 * median(
+        [check.seconds for check in runs if prod(check.sizes.values()) == fewest] or [0.0]
+    )
