@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ class Tokens(nn.Module):
 def spark() -> Iterator[Any]:
     from pyspark.sql import SparkSession
 
-    # Executors that are processes of their own, as on a cluster.
+    # Executors that are processes of their own, as on a cluster, with what is installed here.
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYSPARK_PYTHON", sys.executable)
     session = (
         SparkSession.builder.master("local[2]")
         .config("spark.ui.enabled", "false")
@@ -74,14 +77,15 @@ def spark() -> Iterator[Any]:
     )
     yield session
     session.stop()
+    patch.undo()
 
 
 def register(
-    store: str, folder: Path, module: nn.Module, inputs: dict[str, torch.Tensor], **options: Any
+    store: str, folder: Path, module: nn.Module, example: dict[str, torch.Tensor], **options: Any
 ) -> None:
     path = folder / "model.onnx"
-    example = onnxport.Example((), dict(inputs))
-    report = onnxport.export(module, example, path, core="trace", **options)
+    called = onnxport.Example((), dict(example))
+    report = onnxport.export(module, called, path, core="trace", **options)
     identity = identity_of(path)
     assert identity is not None
     model = Model(
@@ -124,5 +128,5 @@ def test_what_cannot_be_a_column_is_said(spark: Any, store: str, tmp_path: Path)
     ids = torch.randint(0, 20, (3, 5))
     axes = {"ids": {0: "batch", 1: "length"}}
     register(store, tmp_path, Tokens().eval(), {"ids": ids}, inputs=Inputs(dynamic_axes=axes))
-    with pytest.raises(TrackingError, match="'ids' of shape .-1, -1. cannot be a Spark column"):
+    with pytest.raises(TrackingError, match=r"'ids' of shape \(-1, -1\) cannot be a Spark column"):
         spark_udf(spark, "models:/scored@champion", tracking_uri=store)

@@ -39,6 +39,7 @@ class KeptReports:
         self._begun = 0
         self._failure: ExportError | None = None
         self._told: set[str] = set()
+        self._is_down = False
 
     def next_place(self) -> int:
         """Return the place of a checkpoint that is begun now."""
@@ -90,7 +91,10 @@ class KeptReports:
                 return None
             report = self.reports[index] = self.reports[index].with_tracking(record)
         if record.missing:
-            logger.warning("Tracking %s: %s", report.path, record.missing)
+            # A server that is down for days would fill the log with one and the same line.
+            level = logging.DEBUG if self._is_down else logging.WARNING
+            logger.log(level, "Tracking %s: %s", report.path, record.missing)
+        self._is_down = bool(record.missing)
         return report
 
     def _slim(self, report: ExportReport) -> ExportReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import subprocess
 import sys
@@ -122,6 +123,15 @@ class _Noted:
 
     def _leave(self, status: str) -> None:
         """Note in what is left how the run has ended: whoever does it will end the run."""
+        left = [path for path in self._entries if path.exists()]
+        if left:
+            logger.warning(
+                "%d models are not told to %s. `onnxport sync %s`, or the next fit with this "
+                "checkpoint folder, does it.",
+                len(left),
+                without_password(self._address.uri),
+                os.path.commonpath([path.parent for path in left]),
+            )
         if not self._is_ours:
             return
         for entry in self._entries.values():

@@ -1,0 +1,403 @@
+"""What it costs to bring a model to MLflow: ours, and the code that everybody writes.
+
+    python benchmarks/tracking.py [--sizes 1,150,2300] [--repeat 5]
+
+A real server over HTTP on this machine, with sqlite; a run that has ten metrics of 10,000 points.
+Each way runs in a process of its own, in which MLflow is imported before the clock starts:
+
+- *ours*: what the process beside training does with the job of one checkpoint, a version in the
+  registry included.
+- *log_model*: ``mlflow.onnx.log_model(onnx.load(path), ...)`` in the run, with a name in the
+  registry.
+- *upload*: the bytes of the model alone, as an artifact of the run.
+
+Then a training with a checkpoint each epoch, whose server is up, slow (2 s a request), hung, down,
+or answers 500: how long the loop was held up by tracking, and how long the end of training waited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lockstep_report import about
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from servers import mlflow_server
+
+import onnxport
+from onnxport import Background, MLflow, OnnxExport
+from onnxport.pipeline.report_files import read_report
+from onnxport.report import Provenance
+from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.job import Job, job_path, save_job
+from onnxport.tracking.outbox import ProcessOutbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RESULTS = Path(__file__).parent / "results"
+METRICS, POINTS = 10, 10_000
+WAIT_S = 20.0
+STATES = ("up", "slow", "hung", "down", "500")
+
+
+# --- one publication, in a process of its own ----------------------------------------------------
+
+
+def measured(work: Any) -> dict[str, float]:
+    """Run something; return seconds, requests and the peak of resident memory that it added."""
+    from requests.adapters import HTTPAdapter
+
+    send, count = HTTPAdapter.send, 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return send(*args, **options)
+
+    HTTPAdapter.send = counted  # type: ignore[method-assign]
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "requests": count, "memory_mb": status("VmHWM") - before}
+
+
+def status(name: str) -> float:
+    """Return a line of this process's status, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(name))
+
+
+def ours(path: Path, uri: str, run_id: str, experiment_id: str, step: int) -> dict[str, float]:
+    """Carry out the job of one checkpoint."""
+    import mlflow.onnx  # noqa: F401 - before the clock
+
+    from onnxport.tracking.courier import Courier
+
+    report = read_report(path)
+    identity = identity_of(path)
+    assert report is not None and identity is not None  # noqa: PT018
+    address = RunAddress(
+        uri=uri, run_id=run_id, experiment_id=experiment_id, options=MLflow(register="ours")
+    )
+    content = Model(
+        path=path,
+        place=f"{place_of(path)[:8]}{step}",
+        report=replace(report, global_step=step, metrics={"metric0": 0.5}),
+        origin=Provenance(metrics={"metric0": 0.5}),
+        identity=identity,
+    )
+    save_job(Job(model=path, place=content.place, address=address, content=content))
+    courier = Courier()
+
+    def work() -> None:
+        carried = courier.carry_out(job_path(path))
+        assert carried.record is not None and not carried.record.missing, carried  # noqa: PT018
+
+    return measured(work)
+
+
+def log_model(path: Path, uri: str, run_id: str, experiment_id: str, step: int) -> dict[str, float]:  # noqa: ARG001
+    """Do what hand-written callbacks do."""
+    import mlflow
+    import mlflow.onnx
+    import onnx
+
+    mlflow.set_tracking_uri(uri)
+
+    def work() -> None:
+        mlflow.onnx.log_model(
+            onnx.load(path),
+            name=f"model-{step}",
+            run_id=run_id,
+            step=step,
+            registered_model_name="obvious",
+        )
+
+    return measured(work)
+
+
+def upload(path: Path, uri: str, run_id: str, experiment_id: str, step: int) -> dict[str, float]:  # noqa: ARG001
+    """Upload the bytes."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+
+    def work() -> None:
+        for file in (path, path.with_name(f"{path.name}.data")):
+            if file.exists():
+                client.log_artifact(run_id, str(file), f"bytes-{step}")
+
+    return measured(work)
+
+
+WAYS = {"ours": ours, "log_model": log_model, "upload": upload}
+
+
+def in_process(way: str, *arguments: Any) -> dict[str, float]:
+    """Measure one way in a process of its own."""
+    command = [sys.executable, __file__, "--one", way, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1][:200]}  # type: ignore[dict-item]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# --- what is published ---------------------------------------------------------------------------
+
+
+def make_model(folder: Path, megabytes: float) -> Path:
+    """Export a model of a size."""
+    width = int((megabytes * 1e6 / 4 / 2) ** 0.5)
+    module = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    path = folder / f"model-{megabytes:g}.onnx"
+    report = onnxport.export(module, torch.randn(3, width), path, core="trace")
+    assert report.ok, report.error
+    return path
+
+
+def make_run(uri: str) -> tuple[str, str]:
+    """Make a run with long histories."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("benchmark")
+    run_id = client.create_run(experiment).info.run_id
+    for metric in range(METRICS):
+        for begin in range(0, POINTS, 1000):
+            points = [
+                Metric(f"metric{metric}", 0.5, 1_700_000_000_000 + step, step)
+                for step in range(begin, begin + 1000)
+            ]
+            client.log_batch(run_id, metrics=points)
+    return run_id, experiment
+
+
+def publications(sizes: list[float], repeat: int) -> list[dict[str, Any]]:
+    """Measure each way for each size; one way after the other, again and again."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="onnxport-tracking-") as name:
+        folder = Path(name)
+        with mlflow_server(f"sqlite:///{folder / 'mlflow.db'}", folder) as uri:
+            run_id, experiment = make_run(uri)
+            step = 0
+            for size in sizes:
+                path = make_model(folder, size)
+                tries = repeat if size < 1000 else 1  # noqa: PLR2004
+                found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+                for _ in range(tries):
+                    for way in WAYS:
+                        step += 1
+                        found[way].append(in_process(way, path, uri, run_id, experiment, step))
+                        print(f"{size:g} MB {way}: {found[way][-1]}", flush=True)
+                rows += [{"mb": size, "way": way, "runs": runs} for way, runs in found.items()]
+                for file in folder.glob("model-*"):
+                    file.unlink()
+    return rows
+
+
+# --- what training feels -------------------------------------------------------------------------
+
+
+class Small(pl.LightningModule):
+    """A small network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, 64) for (N, 64)."""
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        """Take a moment."""
+        time.sleep(0.05)
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@contextmanager
+def server_that_is(state: str, folder: Path) -> Iterator[str]:
+    """Run a server in a state."""
+    if state == "up":
+        with mlflow_server(f"sqlite:///{folder / 'mlflow.db'}", folder) as uri:
+            yield uri
+        return
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep({"slow": 2.0, "hung": 600.0}.get(state, 0.0))
+            self.send_response(500)
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815 - the name that http.server calls
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads, server.block_on_close = True, False
+    if state == "down":
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    if state != "down":
+        server.shutdown()
+        server.server_close()
+
+
+def training(state: str) -> dict[str, Any]:
+    """Train with a checkpoint each epoch; return how long tracking held it up."""
+    spent: list[float] = []
+    ends: list[float] = []
+
+    class Timed(ProcessOutbox):
+        def submit(self, *args: Any) -> None:
+            start = time.perf_counter()
+            super().submit(*args)
+            spent.append(time.perf_counter() - start)
+
+        def drain(self, *args: Any) -> None:
+            start = time.perf_counter()
+            super().drain(*args)
+            ends.append(time.perf_counter() - start)
+
+    from onnxport.callbacks.lightning import callback as adapter
+
+    adapter.ProcessOutbox = Timed  # type: ignore[misc]
+    with tempfile.TemporaryDirectory(prefix="onnxport-tracking-") as name:
+        folder = Path(name)
+        with server_that_is(state, folder) as uri:
+            export = OnnxExport(
+                background=Background(drain_s=WAIT_S),
+                mlflow=MLflow(tracking_uri=uri, register="n"),
+            )
+            data = torch.utils.data.TensorDataset(torch.randn(160, 64))
+            trainer = pl.Trainer(
+                max_epochs=12,
+                callbacks=[export, ModelCheckpoint(dirpath=folder / "c", save_top_k=-1)],
+                logger=False,
+                accelerator="cpu",
+                default_root_dir=folder,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            start = time.perf_counter()
+            trainer.fit(Small(), torch.utils.data.DataLoader(data, 8))
+            fit = time.perf_counter() - start
+    stalls = [report.seconds["stall"] for report in export.reports]
+    told = sum(not report.tracking.missing for report in export.reports if report.tracking)
+    return {
+        "state": state,
+        "fit_s": fit,
+        "end_s": sum(ends),
+        "submit_max_ms": 1000 * max(spent),
+        "stall_median_ms": 1000 * statistics.median(stalls),
+        "stall_max_ms": 1000 * max(stalls),
+        "models": len(export.reports),
+        "told": told,
+    }
+
+
+# --- the results ---------------------------------------------------------------------------------
+
+
+def table(content: dict[str, Any]) -> str:
+    """Write the results as Markdown."""
+    about_lines = [
+        f"- {content['system']}, {content['cpu']}, {content['cores']} cores, {content['memory']}",
+        "- Python "
+        + content["python"]
+        + "; "
+        + ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+        f"- {content['date']}",
+    ]
+    lines = ["# Tracking: what it costs to bring a model to MLflow", "", *about_lines, ""]
+    lines += [__doc__.split("\n\n", 2)[2].strip(), ""]
+    lines += ["| MB | way | seconds | requests | peak memory +, MB | x upload |", "|" + "---|" * 6]
+    for size in dict.fromkeys(row["mb"] for row in content["publications"]):
+        rows = {row["way"]: row["runs"] for row in content["publications"] if row["mb"] == size}
+        plain = _median(rows["upload"], "seconds")
+        for way, runs in rows.items():
+            if "error" in runs[0]:
+                lines.append(f"| {size:g} | {way} | {runs[0]['error']} | - | - | - |")
+                continue
+            seconds = _median(runs, "seconds")
+            lines.append(
+                f"| {size:g} | {way} | {seconds:.3g} | {_median(runs, 'requests'):.0f} | "
+                f"{_median(runs, 'memory_mb'):.0f} | {seconds / plain:.2f} |"
+            )
+    lines += ["", f"Medians. The end of training waits at most {WAIT_S:g} s here.", ""]
+    lines += [
+        "| server | handing over, max ms | stall of a checkpoint, median (max) ms "
+        "| the end waited, s | models | told |",
+        "|" + "---|" * 6,
+    ]
+    lines += [
+        f"| {row['state']} | {row['submit_max_ms']:.1f} | {row['stall_median_ms']:.1f} "
+        f"({row['stall_max_ms']:.1f}) | {row['end_s']:.1f} | {row['models']} | {row['told']} |"
+        for row in content["trainings"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default="1,150,2300", help="of models, in MB")
+    parser.add_argument("--repeat", type=int, default=5, help="of models below 1 GB")
+    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if options.one:
+        way, path, uri, run_id, experiment, step = options.one
+        print(json.dumps(WAYS[way](Path(path), uri, run_id, experiment, int(step))))
+        return
+    content: dict[str, Any] = about() | {
+        "date": time.strftime("%Y-%m-%d"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    content["publications"] = publications(
+        [float(size) for size in options.sizes.split(",")], options.repeat
+    )
+    content["trainings"] = []
+    for state in STATES:
+        content["trainings"].append(training(state))
+        print(content["trainings"][-1], flush=True)
+    (RESULTS / "tracking.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / "tracking.md").write_text(table(content))
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()
