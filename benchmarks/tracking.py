@@ -355,13 +355,12 @@ def table(content: dict[str, Any]) -> str:
             )
     lines += ["", f"Medians. The end of training waits at most {WAIT_S:g} s here.", ""]
     lines += [
-        "| server | handing over, max ms | stall of a checkpoint, median (max) ms "
-        "| the end waited, s | models | told |",
-        "|" + "---|" * 6,
+        "| server | handing over, max ms | stall, median (max) ms | end waited, s | models, told |",
+        "|" + "---|" * 5,
     ]
     lines += [
         f"| {row['state']} | {row['submit_max_ms']:.1f} | {row['stall_median_ms']:.1f} "
-        f"({row['stall_max_ms']:.1f}) | {row['end_s']:.1f} | {row['models']} | {row['told']} |"
+        f"({row['stall_max_ms']:.1f}) | {row['end_s']:.1f} | {row['models']}, {row['told']} |"
         for row in content["trainings"]
     ]
     return "\n".join(lines) + "\n"

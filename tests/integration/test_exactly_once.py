@@ -143,6 +143,8 @@ class Training:
         assert [m.params["global_step"] for m in models if "onnxport.last" in m.tags] == [
             str(len(self.jobs))
         ]
+        marked = {m.params["global_step"] for m in models if "onnxport.marked" in m.tags}
+        assert marked == {str(best), str(len(self.jobs))}
         assert not any(job.exists() for job in self.jobs)
         onnx.checker.check_model(self.folder / f"{self.name}-1.onnx")
 

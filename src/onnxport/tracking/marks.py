@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["mark"]
 
-LAST, BEST = f"{TAG_PREFIX}last", f"{TAG_PREFIX}best"
+LAST, BEST, MARKED = f"{TAG_PREFIX}last", f"{TAG_PREFIX}best", f"{TAG_PREFIX}marked"
 
 
 def mark(client: Any, logged: Any, run_id: str, model: Model) -> None:
@@ -24,23 +24,30 @@ def mark(client: Any, logged: Any, run_id: str, model: Model) -> None:
         model: What it was made of.
     """
     score, step = score_of(model.origin), model.report.global_step or 0
+    # One tag for both: one search.
+    found = client.search_logged_models(
+        [logged.experiment_id],
+        filter_string=f"tags.`{MARKED}` = '{run_id}'",
+    )
+    others = [each for each in found if each.model_id != logged.model_id]
+    gained = {}
     for tag in (LAST, BEST):
-        holders = [
-            each
-            for each in client.search_logged_models(
-                [logged.experiment_id], filter_string=f"tags.`{tag}` = 'true'"
-            )
-            if each.source_run_id == run_id and each.model_id != logged.model_id
-        ]
+        holders = [each for each in others if each.tags.get(tag) == "true"]
         if tag == LAST:
             deserves = all(_step(holder) <= step for holder in holders)
         else:
-            others = [read_score(holder.tags) for holder in holders]
-            deserves = is_better(score, None) and all(is_better(score, each) for each in others)
+            scores = [read_score(holder.tags) for holder in holders]
+            deserves = is_better(score, None) and all(is_better(score, each) for each in scores)
         if deserves:
-            client.set_logged_model_tags(logged.model_id, {tag: "true"})
-            for holder in holders:
-                client.delete_logged_model_tag(holder.model_id, tag)
+            gained[tag] = holders
+    if gained:
+        marks = dict.fromkeys(gained, "true") | {MARKED: run_id}
+        client.set_logged_model_tags(logged.model_id, marks)
+    for other in others:
+        lost = [tag for tag, holders in gained.items() if other in holders]
+        kept = {tag for tag in (LAST, BEST) if tag in other.tags} - set(lost)
+        for tag in (*lost, *(() if kept else (MARKED,))):
+            client.delete_logged_model_tag(other.model_id, tag)
 
 
 def _step(logged: Any) -> int:

@@ -189,9 +189,12 @@ class MlflowTracker:
         with tempfile.TemporaryDirectory(prefix="onnxport-") as temporary:
             folder = Path(temporary) / "model"
             package_model(model, folder, logged, run_id)
-            for file in model_files_in_order(folder):
-                with _fail_fast(REQUEST_TIMEOUT_S + file.stat().st_size // UPLOAD_BYTES_PER_S):
-                    client.log_model_artifact(logged.model_id, str(file))
+            *files, marker = model_files_in_order(folder)
+            size = sum(file.stat().st_size for file in files)
+            with _fail_fast(REQUEST_TIMEOUT_S + size // UPLOAD_BYTES_PER_S):
+                marker = marker.rename(Path(temporary) / marker.name)
+                client.log_model_artifacts(logged.model_id, str(folder))
+                client.log_model_artifact(logged.model_id, str(marker))
         model.require_unchanged()
         self._log_metrics(client, model, logged, run_id)
         return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)

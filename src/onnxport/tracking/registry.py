@@ -130,16 +130,16 @@ class Registry:
         Args:
             min_delta: By how much a metric must be better.
         """
-        standings = self._standings()
-        champion = before = self._holder(self._alias, standings)
-        if self._is_pinned() or (champion is not None and champion not in standings):
+        standings, holders, pinned = self._look()
+        champion = before = holders.get(self._alias)
+        if pinned or (champion is not None and champion not in standings):
             return None if champion is None else champion.version
         candidate = _best_after(champion, standings, min_delta)
         while candidate is not None:
             self._move(candidate.version, before)
             # Another training may have read the same champion, and be better, or have been faster.
-            standings = self._standings()
-            champion = self._holder(self._alias, standings) or candidate
+            standings, holders, _ = self._look()
+            champion = holders.get(self._alias) or candidate
             better = _best_after(champion, standings, min_delta)
             if better is not None and champion.version == candidate.version:
                 # It had the alias by mistake, for a moment.
@@ -147,7 +147,7 @@ class Registry:
                     self._name, str(champion.version), self._promoted
                 )
             candidate = better
-        self._name_challenger(champion, standings)
+        self._name_challenger(champion, holders.get(self._challenger), standings)
         return None if champion is None else champion.version
 
     # --- what people do ---------------------------------------------------------------------
@@ -165,10 +165,9 @@ class Registry:
         Raises:
             TrackingError: If there is no such version.
         """
-        standings = self._standings()
         if not self._exists(version):
             raise TrackingError(f"{self._name!r} has no version {version}.")
-        champion = self._holder(self._alias, standings)
+        champion = self._look()[1].get(self._alias)
         if pin:
             self._client.set_registered_model_tag(self._name, self._pinned, "true")
         self._client.delete_model_version_tag(self._name, str(version), self._rejected)
@@ -176,8 +175,8 @@ class Registry:
             self._move(version, champion)
         if not pin:
             self._client.delete_registered_model_tag(self._name, self._pinned)
-        standings = self._standings()
-        self._name_challenger(self._holder(self._alias, standings), standings)
+        standings, holders, _ = self._look()
+        self._name_challenger(holders.get(self._alias), holders.get(self._challenger), standings)
         return None if champion is None else champion.version
 
     def rollback(self) -> tuple[int, int]:
@@ -189,8 +188,8 @@ class Registry:
         Raises:
             TrackingError: If no version has it, or none had it before.
         """
-        standings = self._standings()
-        champion = self._holder(self._alias, standings)
+        standings, holders, _ = self._look()
+        champion = holders.get(self._alias)
         if champion is None:
             raise TrackingError(f"No version of {self._name!r} is {self._alias!r}.")
         others = [each for each in standings if each.version != champion.version]
@@ -221,9 +220,10 @@ class Registry:
             self._set(self._previous, champion.version)
         self._set(self._alias, version)
 
-    def _name_challenger(self, champion: Standing | None, standings: Sequence[Standing]) -> None:
+    def _name_challenger(
+        self, champion: Standing | None, holder: Standing | None, standings: Sequence[Standing]
+    ) -> None:
         best = challenger_of(champion, standings)
-        holder = self._holder(self._challenger, standings)
         if best is None and holder is not None:
             self._drop(self._challenger)
         elif best is not None and (holder is None or holder.version != best.version):
@@ -277,8 +277,8 @@ class Registry:
             promoted=int(promoted) if promoted.isdigit() else None,
         )
 
-    def _holder(self, alias: str, standings: Sequence[Standing]) -> Standing | None:
-        """Return the version that has an alias, or ``None``.
+    def _look(self) -> tuple[list[Standing], dict[str, Standing], bool]:
+        """Return the proven versions, which version has which alias, and whether that is pinned.
 
         Raises:
             MlflowException: If it cannot be asked.
@@ -286,15 +286,22 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self._client.get_model_version_by_alias(self._name, alias)
+            model = self._client.get_registered_model(self._name)
         except MlflowException as error:
-            # A missing model is RESOURCE_DOES_NOT_EXIST, a missing alias INVALID_PARAMETER_VALUE.
-            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-                return None
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return [], {}, False
             raise
-        number = int(found.version)
-        known = (each for each in standings if each.version == number)
-        return next(known, None) or self._standing(found)
+        standings = self._standings()
+        known = {each.version: each for each in standings}
+        holders = {}
+        for alias in (self._alias, self._challenger):
+            number = int(model.aliases.get(alias, 0))
+            if number:
+                # One that is none of ours, or older than all that were looked at.
+                holders[alias] = known.get(number) or self._standing(
+                    self._client.get_model_version(self._name, str(number))
+                )
+        return standings, holders, bool(model.tags.get(self._pinned) == "true")
 
     def _exists(self, version: int) -> bool:
         """Tell whether there is a version.
@@ -311,10 +318,6 @@ class Registry:
                 return False
             raise
         return True
-
-    def _is_pinned(self) -> bool:
-        model = self._client.get_registered_model(self._name)
-        return bool(model.tags.get(self._pinned) == "true")
 
 
 def _best_after(
@@ -368,19 +371,30 @@ def _existing_version(client: Any, name: str, key: str) -> int | None:
 
 
 def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -> int:
-    with already_there_is_fine():
-        client.create_registered_model(name)
+    """Make a version; the registered model, too, if it is the first one.
+
+    Raises:
+        MlflowException: If the server refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
     # The artifacts' own address, not models:/<id>: the latter is resolved through the process's
     # global tracking URI on a database store (mlflow 3.17).
-    version = client.create_model_version(
-        name,
-        source=logged.artifact_location,
-        run_id=logged.source_run_id,
-        model_id=logged.model_id,
-        tags=tags,
-        await_creation_for=0,
-    )
-    return int(version.version)
+    what = {
+        "source": logged.artifact_location,
+        "run_id": logged.source_run_id,
+        "model_id": logged.model_id,
+        "tags": tags,
+        "await_creation_for": 0,
+    }
+    try:
+        return int(client.create_model_version(name, **what).version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    with already_there_is_fine():
+        client.create_registered_model(name)
+    return int(client.create_model_version(name, **what).version)
 
 
 def _link_version(client: Any, model_id: str, name: str, version: int) -> None:
