@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -129,11 +128,19 @@ def with_password(uri: str) -> str:
 
 
 def _locked(path: Path) -> io.BufferedReader | None:
-    """Open a job for this process alone; ``None``: another one has it, or it is gone."""
+    """Open a job for this process alone; ``None``: another one has it, or it is gone.
+
+    Where the system has no such locks (Windows), two processes may do the same work; each step of
+    it looks before it creates.
+    """
     try:
         file = path.open("rb")
     except OSError:
         return None
+    try:
+        import fcntl
+    except ImportError:
+        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -313,11 +313,11 @@ def _client(uri: str) -> Any:
     with optional_import(extra="mlflow", needed_for="MLflow tracking"):
         from mlflow import MlflowClient
     if uri not in _OPENED and not uri.startswith("http"):
-        name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        user = getattr(os, "getuid", int)()  # a lock of somebody else's cannot be taken
+        name = hashlib.sha256(f"{user} {uri}".encode()).hexdigest()[:16]
+        lock = Path(tempfile.gettempdir()) / f"onnxport-{name}.lock"
         try:
-            with FileLock(
-                Path(tempfile.gettempdir()) / f"onnxport-{os.getuid()}-{name}.lock", OPEN_LIMIT_S
-            ):
+            with FileLock(lock, OPEN_LIMIT_S):
                 MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
         except Timeout as error:
             raise TrackingError("another process has been opening it for long") from error
