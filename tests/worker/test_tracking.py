@@ -178,3 +178,14 @@ def test_a_process_that_is_killed_is_replaced(store: str, tmp_path: Path) -> Non
     experiment = MlflowClient(store).get_experiment_by_name("onnxport").experiment_id
     assert {m.status for m in models_of(store, experiment)} == {LoggedModelStatus.READY}
     assert len(MlflowClient(store).search_runs([experiment])) == 1
+
+
+def test_a_checkpoint_that_is_saved_after_training_is_told_too(store: str, tmp_path: Path) -> None:
+    logger = MLFlowLogger("e", tracking_uri=store, artifact_location=(tmp_path / "a").as_uri())
+    export = OnnxExport(core="trace", background=OPTIONS)
+    trainer = zoo.trainer(tmp_path, export, logger=logger, epochs=1)
+    trainer.fit(Scored(), zoo.loader(), zoo.loader(shuffle=False))
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert [report.tracking.missing for report in export.reports] == [""] * len(export.reports)
+    assert "after" in {model.name for model in models_of(store, logger.experiment_id)}
+    assert list(jobs_in([tmp_path])) == []

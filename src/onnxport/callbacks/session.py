@@ -365,8 +365,7 @@ class ExportSession:
                 continue
             self._given_up.add(path)
             text = (
-                f"{path} was not finished within the {limit_s:g} s that the end of training "
-                "waits (Background(drain_s=))."
+                f"{path} was not finished while the end of training waited (Background(drain_s=))."
             )
             origin = self._latest[path].origin
             report = ExportReport.of_failure(text + self._way_out(path), origin)

@@ -223,9 +223,13 @@ class ProcessOutbox(_Noted):
     # --- called by the trainer, or by the thread that looks after the worker -----------------
 
     def submit(self, job: Job, told: Told) -> None:
-        """See :class:`Outbox`."""
+        """See :class:`Outbox`; after the end of training, too: for a checkpoint that came later."""
         with self._changed:
             path = self._note(job, told)
+            if self._closed:
+                self._closed, self._ended, self._starts = False, False, 0
+                self._lines = queue.SimpleQueue()
+                self._start()
         if path is not None:
             self._ask(path)
 
@@ -248,7 +252,7 @@ class ProcessOutbox(_Noted):
             self._ask(path)
         if failed:
             self._wait(end, tell)
-        self._give_up(limit_s)
+        self._give_up()
 
     def close(self, status: str) -> None:
         """See :class:`Outbox`."""
@@ -282,12 +286,12 @@ class ProcessOutbox(_Noted):
                 self._changed.wait(min(PAUSE_S, max(0.0, end - time.monotonic())))
             tell(left)
 
-    def _give_up(self, limit_s: float) -> None:
+    def _give_up(self) -> None:
         with self._changed:
             unanswered = [entry for entry in self._entries.values() if not entry.asked]
         for entry in unanswered:
             uri = without_password(self._address.uri)
-            text = f"{uri} did not take it within the {limit_s:g} s that the end of training waits."
+            text = f"{uri} did not take it while training waited (Background(drain_s=))"
             entry.told(TrackingRecord(uri=uri, missing=text))
 
     # --- in threads -------------------------------------------------------------------------

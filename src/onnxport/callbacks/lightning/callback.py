@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -294,29 +295,30 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.stop_observing()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        limit = 0.0 if self.background is None else self.background.drain_s
+        end = time.monotonic() + (0.0 if self.background is None else self.background.drain_s)
         if self._sessions:
             with _never_raises("the export at the end of training"):
-                self._drain(trainer, limit)
+                self._drain(trainer, end - time.monotonic())
                 self._export_at_end(trainer, pl_module)
-                self._drain(trainer, limit)
+                self._drain(trainer, end - time.monotonic())
             self._mirror_links(trainer)
         self._ended = True
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
             session.finish(None if best is None else self._model_path(best, name))
-        self._finish_tracking(trainer, limit, "FINISHED")
+        self._finish_tracking(end - time.monotonic(), "FINISHED")
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._ended = True
+        end = time.monotonic() + DRAIN_AFTER_ERROR_S
         with _never_raises("the end of training by an error"):
             self._drain(trainer, DRAIN_AFTER_ERROR_S)
         if self._sessions:
             self._mirror_links(trainer)
         for session in self._sessions.values():
             session.finish()
-        self._finish_tracking(trainer, DRAIN_AFTER_ERROR_S, "FAILED")
+        self._finish_tracking(end - time.monotonic(), "FAILED")
 
     def _drain(self, trainer: Any, limit_s: float) -> None:
         drain(self._sessions, limit_s, trainer, teller(type(self)))
@@ -360,7 +362,9 @@ class OnnxExport(metaclass=FrameworkAware):
                 origin = origin_of(trainer, path, self._measured)
                 self._save(content["state_dict"], path, origin, file=file_of(trainer, path))
                 if self._ended and self.background is not None:  # nobody will wait for it later
+                    end = time.monotonic() + self.background.drain_s
                     self._drain(trainer, self.background.drain_s)
+                    self._finish_tracking(end - time.monotonic(), "FINISHED")
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
@@ -477,10 +481,10 @@ class OnnxExport(metaclass=FrameworkAware):
             self._outbox = InlineOutbox(address) if inline else ProcessOutbox(address)
         return address
 
-    def _finish_tracking(self, trainer: Any, limit_s: float, status: str) -> None:
+    def _finish_tracking(self, limit_s: float, status: str) -> None:
         if self._outbox is not None:
             with _never_raises("the end of tracking"):
-                self._outbox.drain(limit_s, lambda _: None)
+                self._outbox.drain(max(0.0, limit_s), lambda _: None)
                 self._outbox.close(status)
 
     def _raise_failure(self, trainer: Any) -> None:
