@@ -17,7 +17,7 @@ COVERAGE_ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test test-spark check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-spark check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -38,6 +38,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	@start=$$(date +%s); $(BIN)/python -m pytest $(TEST_ARGS) && \
 	 echo "onnxport: tests in tests/, make test took $$(( $$(date +%s) - start )) s"
+
+exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -m exhaustive
 
 test-spark: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt --group spark >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }

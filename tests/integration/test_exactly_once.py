@@ -186,7 +186,8 @@ def test_each_request_is_lost_once_before_and_once_after(
     training.assert_exactly_once(best=len(training.jobs))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_five_hundred_requests_are_lost_at_random(
     server: str, network: Network, report: ExportReport, tmp_path: Path
 ) -> None:
