@@ -44,7 +44,7 @@ exhaustive: $(STAMP)
 
 test-spark: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt --group spark >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
-	$(BIN)/python -m pytest tests/integration/test_spark.py
+	$(BIN)/python -m pytest tests/integration/test_spark.py || [ $$? -eq 5 ]
 
 check: $(STAMP)
 	$(BIN)/ruff check .
