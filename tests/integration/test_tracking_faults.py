@@ -293,8 +293,8 @@ def test_ctrl_c_while_publishing_leaves_nothing_half_done(
 
     def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal calls
-        calls += 1
         result = original(*args, **options)
+        calls += 1
         if calls == 1:
             raise KeyboardInterrupt
         return result
