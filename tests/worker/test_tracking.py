@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -189,3 +190,39 @@ def test_a_checkpoint_that_is_saved_after_training_is_told_too(store: str, tmp_p
     assert [report.tracking.missing for report in export.reports] == [""] * len(export.reports)
     assert "after" in {model.name for model in models_of(store, logger.experiment_id)}
     assert list(jobs_in([tmp_path])) == []
+
+
+def test_a_process_that_does_not_start_ends_no_training(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+
+    def refused(command: Any, *args: Any, **options: Any) -> Any:
+        if "onnxport.tracking.server" in command:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(command, *args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+    module = fit(tmp_path, export)
+    assert len(module.losses) == 9
+    kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert all("cannot be started" in report.tracking.missing for report in kept)
+    assert len(list(jobs_in([tmp_path]))) >= len(kept)
+
+
+def test_a_process_that_dies_again_and_again_is_given_up(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+
+    class Kill(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            process = export._outbox._process
+            if process is not None:
+                process.kill()
+                time.sleep(0.3)
+
+    start = time.monotonic()
+    fit(tmp_path, export, Kill())
+    assert time.monotonic() - start < OPTIONS.drain_s
+    kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert all("died too often" in report.tracking.missing for report in kept)

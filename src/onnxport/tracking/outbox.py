@@ -172,9 +172,8 @@ class InlineOutbox(_Noted):
             self._carry_out(path)
 
     def adopt(self, path: Path, told: Told) -> None:
-        """See :class:`Outbox`."""
-        if self._take(path, told) and self._down is None:
-            self._carry_out(path)
+        """See :class:`Outbox`; training does not wait for what others have left."""
+        self._take(path, told)
 
     def _carry_out(self, path: Path) -> None:
         entry = self._entries[path]
@@ -269,12 +268,19 @@ class ProcessOutbox(_Noted):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_LIMIT_S)
             process.kill()
+            process.wait()
 
     def _ask(self, path: Path) -> None:
         with self._changed:
-            entry = self._entries.get(path)
-        if entry is not None:
-            self._lines.put({"job": str(path), "uri": entry.job.address.uri})
+            entry, gone = self._entries.get(path), self._process is None
+        if entry is None:
+            return
+        self._lines.put({"job": str(path), "uri": entry.job.address.uri})
+        if gone:  # nobody will answer
+            uri = without_password(entry.job.address.uri)
+            text = f"the process that speaks to {uri} cannot be started, or has died too often"
+            record = {"uri": uri, "missing": text}
+            self._answered({"job": str(path), "record": record, "left": True})
 
     def _wait(self, end: float, tell: Callable[[int], None]) -> None:
         """Wait until there is an answer for each job."""
@@ -297,29 +303,37 @@ class ProcessOutbox(_Noted):
     # --- in threads -------------------------------------------------------------------------
 
     def _start(self) -> None:
+        """Start the process; a system that refuses is no reason to end training."""
         self._starts += 1
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "onnxport.tracking.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            # A terminal sends Ctrl-C to a whole group: what the trainer does is its decision.
-            start_new_session=True,
-        )
+        self._process = None
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "onnxport.tracking.server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                # A terminal sends Ctrl-C to a whole group: what the trainer does is its decision.
+                start_new_session=True,
+            )
+        except OSError as error:
+            logger.warning("The process that tells MLflow of models did not start: %s", error)
+            return
+        self._process = process
         for work in (self._write, self._listen):
-            threading.Thread(target=work, args=(self._process,), daemon=True).start()
+            threading.Thread(target=work, args=(process,), daemon=True).start()
 
     def _write(self, process: subprocess.Popen[str]) -> None:
         """Pass lines on; a process that does not read must not hold training up."""
-        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
-        with process.stdin as pipe:
-            while (line := self._lines.get()) is not None:
-                try:
-                    pipe.write(json.dumps(line) + "\n")
-                    pipe.flush()
-                except (OSError, ValueError):
-                    return  # who listens sees that it is gone, and begins anew
+        pipe, lines = process.stdin, self._lines
+        assert pipe is not None  # noqa: S101 - a pipe was asked for
+        # Who listens sees that the process is gone, and begins anew.
+        with suppress(OSError, ValueError):
+            while (line := lines.get()) is not None:
+                pipe.write(json.dumps(line) + "\n")
+                pipe.flush()
+        with suppress(OSError):
+            pipe.close()
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None  # noqa: S101 - a pipe was asked for
@@ -335,16 +349,10 @@ class ProcessOutbox(_Noted):
         self._lines = queue.SimpleQueue()
         if self._starts < MAX_STARTS:
             self._start()
-            for path in lost:
-                self._ask(path)
-            return
-        self._process = None
+        else:
+            self._process = None
         for path in lost:
-            uri = without_password(self._address.uri)
-            text = f"the process that speaks to {uri} ended {MAX_STARTS} times"
-            self._answered(
-                {"job": str(path), "record": {"uri": uri, "missing": text}, "left": True}
-            )
+            self._ask(path)
 
     def _answered(self, message: dict[str, Any]) -> None:
         record = None

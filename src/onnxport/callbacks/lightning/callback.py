@@ -169,7 +169,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._paths = ModelPaths(self.dirpath)
         self._linked = 0
         self._batches = 0
-        self._ended = False
+        self._ended = self._failed = False
         self._early_failure: ExportError | None = None
         self._outbox: Outbox | None = None
         self._measured = Measured()
@@ -230,7 +230,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self._paths = ModelPaths(self.dirpath, self._roots)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         self._earlier, self._saves, self._sessions = self.reports, 0, {}
-        self._batches, self._linked, self._early_failure, self._ended = 0, 0, None, False
+        self._batches, self._linked, self._early_failure = 0, 0, None
+        self._ended = self._failed = False
         if not trainer.is_global_zero:
             return
         if self._place is None:
@@ -306,11 +307,11 @@ class OnnxExport(metaclass=FrameworkAware):
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
             session.finish(None if best is None else self._model_path(best, name))
-        self._finish_tracking(end - time.monotonic(), "FINISHED")
+        self._finish_tracking(end - time.monotonic())
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._ended = True
+        self._ended = self._failed = True
         end = time.monotonic() + DRAIN_AFTER_ERROR_S
         with _never_raises("the end of training by an error"):
             self._drain(trainer, DRAIN_AFTER_ERROR_S)
@@ -318,7 +319,7 @@ class OnnxExport(metaclass=FrameworkAware):
             self._mirror_links(trainer)
         for session in self._sessions.values():
             session.finish()
-        self._finish_tracking(end - time.monotonic(), "FAILED")
+        self._finish_tracking(end - time.monotonic())
 
     def _drain(self, trainer: Any, limit_s: float) -> None:
         drain(self._sessions, limit_s, trainer, teller(type(self)))
@@ -364,7 +365,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 if self._ended and self.background is not None:  # nobody will wait for it later
                     end = time.monotonic() + self.background.drain_s
                     self._drain(trainer, self.background.drain_s)
-                    self._finish_tracking(end - time.monotonic(), "FINISHED")
+                    self._finish_tracking(end - time.monotonic())
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
@@ -481,11 +482,11 @@ class OnnxExport(metaclass=FrameworkAware):
             self._outbox = InlineOutbox(address) if inline else ProcessOutbox(address)
         return address
 
-    def _finish_tracking(self, limit_s: float, status: str) -> None:
+    def _finish_tracking(self, limit_s: float) -> None:
         if self._outbox is not None:
             with _never_raises("the end of tracking"):
                 self._outbox.drain(max(0.0, limit_s), lambda _: None)
-                self._outbox.close(status)
+                self._outbox.close("FAILED" if self._failed else "FINISHED")
 
     def _raise_failure(self, trainer: Any) -> None:
         """Raise on all ranks or on none: a rank that leaves alone leaves the others waiting."""
