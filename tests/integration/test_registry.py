@@ -17,6 +17,9 @@ from mlflow import MlflowClient
 from onnxport.config import MLflow
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
+from onnxport.tracking import registry
+from onnxport.tracking.base import RunAddress
+from onnxport.tracking.mlflow import MlflowTracker
 from onnxport.tracking.promotion import Score, score_tags
 from onnxport.tracking.registry import Registry, register
 
@@ -209,3 +212,28 @@ def test_one_that_was_overtaken_corrects_it_and_leaves_no_trace(
     runs.run(0.6)
     assert overtaken == [2]
     assert runs.aliases == {"champion": 3, "previous": 1, "challenger": 2}
+
+
+def test_a_champion_that_is_older_than_all_that_are_looked_at(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "NEWEST", 3)
+    runs = Runs(store, policy="all")
+    runs.run(0.8, 0.1, 0.2, 0.3, 0.4, 0.5)
+    assert runs.aliases == {"champion": 1, "challenger": 6}
+    runs.run(0.9)
+    assert runs.aliases == {"champion": 7, "previous": 1, "challenger": 6}
+
+
+def test_a_rollback_without_the_alias_of_the_one_before(store: str) -> None:
+    runs = Runs(store)
+    runs.run(0.5, 0.6)
+    runs.client.delete_registered_model_alias("n", "previous")
+    assert runs.registry.rollback() == (2, 1)
+    assert runs.aliases == {"champion": 1}
+
+
+def test_removing_what_was_never_told_starts_no_run(store: str) -> None:
+    address = RunAddress(uri=store, fit="none", options=MLflow())
+    MlflowTracker(address).remove("a place")
+    assert MlflowClient(store).get_experiment_by_name("onnxport") is None

@@ -115,7 +115,8 @@ class MlflowTracker:
         require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
         with _fail_fast():
             client = _client(self._run.uri)
-            self._run.open(client)
+            if self._run.find(client) is None:
+                return  # nothing was ever told
             for logged in self._at(client, place):
                 self._delete(client, logged)
 

@@ -114,12 +114,14 @@ class Standing:
         score: What it is judged by.
         rejected: A person has taken the alias from it.
         promoted: When it got the alias last, in milliseconds since 1970; ``None``: never.
+        proven: It is one of ours; a person may have registered others.
     """
 
     version: int
     score: Score
     rejected: bool = False
     promoted: int | None = None
+    proven: bool = True
 
 
 def outranks(one: Standing, other: Standing, min_delta: float = 0.0) -> bool:

@@ -28,7 +28,7 @@ from onnxport.tracking.promotion import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from onnxport.config import MLflow
     from onnxport.report import TrackingRecord
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Registry", "already_there_is_fine", "has_version", "register"]
 
 TRIES = 5
-"""How often an alias is set where others set it, too."""
+"""How often something is written where others write it, too."""
 PAUSE_S = 0.05
 """How long the first pause between two tries is at most, in seconds; each is twice as long."""
 NEWEST = 200
@@ -132,7 +132,7 @@ class Registry:
         """
         standings, holders, pinned = self._look()
         champion = before = holders.get(self._alias)
-        if pinned or (champion is not None and champion not in standings):
+        if pinned or (champion is not None and not champion.proven):
             return None if champion is None else champion.version
         candidate = _best_after(champion, standings, min_delta)
         while candidate is not None:
@@ -215,7 +215,8 @@ class Registry:
     def _move(self, version: int, champion: Standing | None) -> None:
         """Move the alias, last of all: whoever is interrupted before will do it again."""
         now = str(int(time.time() * 1000))
-        self._client.set_model_version_tag(self._name, str(version), self._promoted, now)
+        tag = self._client.set_model_version_tag
+        _insist(lambda: tag(self._name, str(version), self._promoted, now))
         if champion is not None:
             self._set(self._previous, champion.version)
         self._set(self._alias, version)
@@ -230,22 +231,8 @@ class Registry:
             self._set(self._challenger, best.version)
 
     def _set(self, alias: str, version: int) -> None:
-        """Set an alias; two who set it for the first time at once get in each other's way.
-
-        Raises:
-            MlflowException: If it cannot be set.
-        """
-        from mlflow.exceptions import MlflowException
-
-        for left in reversed(range(TRIES)):
-            try:
-                self._client.set_registered_model_alias(self._name, alias, str(version))
-            except MlflowException as error:
-                if not left or error.error_code not in {"BAD_REQUEST", "TEMPORARILY_UNAVAILABLE"}:
-                    raise
-                time.sleep(PAUSE_S * 2 ** (TRIES - left) * _random())
-            else:
-                return
+        set_alias = self._client.set_registered_model_alias
+        _insist(lambda: set_alias(self._name, alias, str(version)))
 
     def _drop(self, alias: str) -> None:
         self._client.delete_registered_model_alias(self._name, alias)
@@ -262,11 +249,8 @@ class Registry:
 
     def _standings(self) -> list[Standing]:
         """Return what is known of the versions that were proven."""
-        return [
-            self._standing(version)
-            for version in self._versions()
-            if version.tags.get(f"{TAG_PREFIX}validated") == "true"
-        ]
+        found = (self._standing(version) for version in self._versions())
+        return [each for each in found if each.proven]
 
     def _standing(self, version: Any) -> Standing:
         promoted = version.tags.get(self._promoted, "")
@@ -275,6 +259,7 @@ class Registry:
             score=read_score(version.tags),
             rejected=version.tags.get(self._rejected) == "true",
             promoted=int(promoted) if promoted.isdigit() else None,
+            proven=version.tags.get(f"{TAG_PREFIX}validated") == "true",
         )
 
     def _look(self) -> tuple[list[Standing], dict[str, Standing], bool]:
@@ -318,6 +303,25 @@ class Registry:
                 return False
             raise
         return True
+
+
+def _insist(call: Callable[[], object]) -> None:
+    """Try again: two who write the same thing for the first time get in each other's way.
+
+    Raises:
+        MlflowException: If it cannot be written.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(TRIES)):
+        try:
+            call()
+        except MlflowException as error:
+            if not left or error.error_code not in {"BAD_REQUEST", "TEMPORARILY_UNAVAILABLE"}:
+                raise
+            time.sleep(PAUSE_S * 2 ** (TRIES - left) * _random())
+        else:
+            return
 
 
 def _best_after(
