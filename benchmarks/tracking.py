@@ -25,11 +25,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +38,13 @@ from lockstep_report import about
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from servers import mlflow_server
+from servers import bad_server, free_port, mlflow_server
 
 import onnxport
 from onnxport import Background, MLflow, OnnxExport
 from onnxport.pipeline.report_files import read_report
 from onnxport.report import Provenance
-from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.base import Model, RunAddress
 from onnxport.tracking.job import Job, job_path, save_job
 from onnxport.tracking.outbox import ProcessOutbox
 
@@ -95,18 +93,14 @@ def ours(path: Path, uri: str, run_id: str, experiment_id: str, step: int) -> di
     from onnxport.tracking.courier import Courier
 
     report = read_report(path)
-    identity = identity_of(path)
-    assert report is not None and identity is not None  # noqa: PT018
+    assert report is not None
     address = RunAddress(
         uri=uri, run_id=run_id, experiment_id=experiment_id, options=MLflow(register="ours")
     )
-    content = Model(
-        path=path,
-        place=f"{place_of(path)[:8]}{step}",
-        report=replace(report, global_step=step, metrics={"metric0": 0.5}),
-        origin=Provenance(metrics={"metric0": 0.5}),
-        identity=identity,
-    )
+    report = replace(report, global_step=step, metrics={"metric0": 0.5})
+    content = Model.of_file(path, report, Provenance(metrics={"metric0": 0.5}))
+    assert content is not None
+    content = replace(content, place=f"{content.place[:8]}{step}")
     save_job(Job(model=path, place=content.place, address=address, content=content))
     courier = Courier()
 
@@ -249,27 +243,11 @@ def server_that_is(state: str, folder: Path) -> Iterator[str]:
             yield uri
         return
 
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            time.sleep({"slow": 2.0, "hung": 600.0}.get(state, 0.0))
-            self.send_response(500)
-            self.end_headers()
-
-        do_POST = do_GET  # noqa: N815 - the name that http.server calls
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads, server.block_on_close = True, False
     if state == "down":
-        server.server_close()
-    else:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    if state != "down":
-        server.shutdown()
-        server.server_close()
+        yield f"http://127.0.0.1:{free_port()}"
+        return
+    with bad_server({"slow": 2.0, "hung": 600.0}.get(state, 0.0)) as uri:
+        yield uri
 
 
 def training(state: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 import onnxport
 from onnxport.config import MLflow
 from onnxport.report import Provenance
-from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.base import Model, RunAddress
 from onnxport.tracking.courier import Courier
 from onnxport.tracking.job import Job, save_job
 
@@ -105,11 +105,8 @@ class Training:
         metrics = {"acc": score, "loss": 1 - score}
         report = replace(self.report, path=str(path), global_step=step, metrics=metrics)
         origin = Provenance(metrics=metrics, monitor="acc", mode="max", global_step=step)
-        identity = identity_of(path)
-        assert identity is not None
-        content = Model(
-            path=path, place=place_of(path), report=report, origin=origin, identity=identity
-        )
+        content = Model.of_file(path, report, origin)
+        assert content is not None
         job = Job(model=path, place=content.place, address=self.address, content=content)
         self.jobs.append(save_job(job))
         return self.jobs[-1]

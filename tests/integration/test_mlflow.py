@@ -174,7 +174,7 @@ def test_the_prefix_of_the_logger_is_kept(store: str, tmp_path: Path) -> None:
 
 def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     from onnxport.callbacks.lightning.facts import origin_of
-    from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+    from onnxport.tracking.base import Model, RunAddress
     from onnxport.tracking.mlflow import MlflowTracker
 
     callback = OnnxExport(core="trace", register="once")
@@ -185,14 +185,7 @@ def test_publishing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     again = RunAddress(
         uri=store, run_id=logger.run_id, experiment_id=logger.experiment_id, options=options
     )
-    path = Path(report.path)
-    model = Model(
-        path=path,
-        place=place_of(path),
-        report=report,
-        origin=origin_of(trainer, report.checkpoint),
-        identity=identity_of(path),
-    )
+    model = Model.of_file(Path(report.path), report, origin_of(trainer, report.checkpoint))
     record = MlflowTracker(again).publish(model, last=True)
     assert record == report.tracking
     client = MlflowClient(tracking_uri=store)

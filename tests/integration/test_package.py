@@ -19,7 +19,7 @@ from torch import nn
 import onnxport
 from onnxport.exporter import writer
 from onnxport.report import ExportReport, Provenance
-from onnxport.tracking.base import Model, identity_of, place_of
+from onnxport.tracking.base import Model
 from onnxport.tracking.package import model_files_in_order, package_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -28,17 +28,9 @@ LOGGED = SimpleNamespace(model_id="m-1", artifact_location="mlflow-artifacts:/x"
 
 
 def model_of(report: ExportReport, row: Any = None) -> Model:
-    path = Path(str(report.path))
-    identity = identity_of(path)
-    assert identity is not None
-    return Model(
-        path=path,
-        place=place_of(path),
-        report=report,
-        origin=Provenance(),
-        identity=identity,
-        row=row,
-    )
+    model = Model.of_file(Path(str(report.path)), report, Provenance(), row)
+    assert model is not None
+    return model
 
 
 @pytest.fixture(params=["inside", "beside"])

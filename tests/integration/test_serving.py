@@ -25,7 +25,7 @@ import onnxport
 from onnxport import Inputs
 from onnxport.config import MLflow
 from onnxport.report import Provenance
-from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.base import Model, RunAddress
 from onnxport.tracking.mlflow import MlflowTracker
 
 if TYPE_CHECKING:
@@ -151,9 +151,6 @@ def champion(
         inputs=None if case.axes is None else Inputs(dynamic_axes=case.axes),
     )
     assert report.ok, report.error
-    path = folder / "model.onnx"
-    identity = identity_of(path)
-    assert identity is not None
     address = RunAddress(
         uri=store,
         fit="x",
@@ -161,14 +158,8 @@ def champion(
         options=MLflow(register="served"),
     )
     row = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
-    model = Model(
-        path=path,
-        place=place_of(path),
-        report=replace(report, global_step=1),
-        origin=Provenance(),
-        identity=identity,
-        row=row,
-    )
+    model = Model.of_file(folder / "model.onnx", replace(report, global_step=1), Provenance(), row)
+    assert model is not None
     record = MlflowTracker(address).publish(model, last=False)
     assert record.alias == "champion"
     return Champion(case, module, report, store)

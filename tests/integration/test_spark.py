@@ -17,7 +17,7 @@ from onnxport import Inputs, TrackingError
 from onnxport.config import MLflow
 from onnxport.report import Provenance
 from onnxport.tracking import spark_udf
-from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.base import Model, RunAddress
 from onnxport.tracking.mlflow import MlflowTracker
 
 if TYPE_CHECKING:
@@ -86,15 +86,8 @@ def register(
     path = folder / "model.onnx"
     called = onnxport.Example((), dict(example))
     report = onnxport.export(module, called, path, core="trace", **options)
-    identity = identity_of(path)
-    assert identity is not None
-    model = Model(
-        path=path,
-        place=place_of(path),
-        report=replace(report, global_step=1),
-        origin=Provenance(),
-        identity=identity,
-    )
+    model = Model.of_file(path, replace(report, global_step=1), Provenance())
+    assert model is not None
     root = (folder / "artifacts").as_uri()
     tracked = MLflow(register="scored")
     MlflowTracker(RunAddress(uri=store, artifact_root=root, options=tracked)).publish(

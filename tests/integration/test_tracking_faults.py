@@ -6,10 +6,8 @@ import os
 import socket
 import sqlite3
 import subprocess
-import threading
 import time
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
-from servers import free_port
+from servers import bad_server, free_port
 
 from onnxport import MLflow, OnnxExport
 from onnxport.tracking.outbox import InlineOutbox
@@ -216,28 +214,10 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
 
 
 def test_a_server_that_says_it_is_well_and_then_hangs(tmp_path: Path) -> None:
-    class Hangs(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path != "/health":
-                time.sleep(20)
-            self.send_response(200)
-            self.end_headers()
-
-        do_POST = do_GET  # noqa: N815 - the name that http.server calls
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hangs)
-    server.daemon_threads = True
-    server.block_on_close = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    uri = f"http://127.0.0.1:{server.server_address[1]}"
-    callback = OnnxExport(core="trace", mlflow=MLflow(tracking_uri=uri))
-    with spent_in_tracking() as spent:
-        fit(tmp_path, zoo.checkpoints(tmp_path), callback, epochs=3)
-    server.shutdown()
-    server.server_close()
+    with bad_server(20.0, healthy=True) as uri:
+        callback = OnnxExport(core="trace", mlflow=MLflow(tracking_uri=uri))
+        with spent_in_tracking() as spent:
+            fit(tmp_path, zoo.checkpoints(tmp_path), callback, epochs=3)
     assert sum(spent[:3]) < 3.5  # one answer is waited for while training goes on
     assert_all_missing(callback, "are missing from http://127.0.0.1")
 

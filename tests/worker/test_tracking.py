@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
+from servers import bad_server, free_port
 
 from onnxport import Background, MLflow, OnnxExport
 from onnxport.pipeline.report_files import read_report
@@ -120,33 +119,12 @@ def test_training_is_bit_identical(store: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["hangs", "500", "slow", "closed"])
 def test_training_never_waits_for_the_server(how: str, tmp_path: Path) -> None:
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if how == "hangs":
-                time.sleep(30)
-            time.sleep(2 if how == "slow" else 0)
-            self.send_response(500)
-            self.end_headers()
-
-        do_POST = do_GET  # noqa: N815 - the name that http.server calls
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads = True
-    server.block_on_close = False
-    if how == "closed":
-        server.server_close()
-    else:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    uri = f"http://127.0.0.1:{server.server_address[1]}"
-    options = Background(drain_s=20)
-    export = OnnxExport(core="trace", background=options, mlflow=MLflow(tracking_uri=uri))
-    with blocked() as spent:
-        fit(tmp_path, export, epochs=4)
-    if how != "closed":
-        server.shutdown()
+    late = bad_server({"hangs": 30.0, "slow": 2.0}.get(how, 0.0))
+    with nullcontext(f"http://127.0.0.1:{free_port()}") if how == "closed" else late as uri:
+        options = Background(drain_s=20)
+        export = OnnxExport(core="trace", background=options, mlflow=MLflow(tracking_uri=uri))
+        with blocked() as spent:
+            fit(tmp_path, export, epochs=4)
     assert max(spent) < 1  # the figure is in benchmarks/tracking.py
     kept = [report for report in export.reports if report.ok and Path(report.path).exists()]
     assert len(kept) == 2

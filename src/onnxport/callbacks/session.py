@@ -36,7 +36,7 @@ from onnxport.inputs.record import small_copy
 from onnxport.pipeline import ExportJob
 from onnxport.pipeline.report_files import save_report
 from onnxport.report import ExportReport, Provenance
-from onnxport.tracking.base import Model, RunAddress, identity_of, place_of
+from onnxport.tracking.base import Model, RunAddress, place_of
 from onnxport.tracking.job import Job
 
 if TYPE_CHECKING:
@@ -440,18 +440,10 @@ class ExportSession:
 
     def _track(self, path: Path, *, last: bool = False) -> None:
         """Note that a server should hold a model; a model that is gone meanwhile is none."""
-        found, identity = self._tracked[path], identity_of(path)
-        if identity is None or self._outbox is None:
+        found = self._tracked[path]
+        model = Model.of_file(path, found.report, found.origin, found.row)
+        if model is None or self._outbox is None:
             return
-        place = place_of(path)
-        model = Model(
-            path=path.absolute(),
-            place=place,
-            report=found.report,
-            origin=found.origin,
-            identity=identity,
-            row=found.row,
-        )
 
         def told(record: TrackingRecord) -> None:
             report = self._kept.update(found.place, record)
@@ -459,7 +451,13 @@ class ExportSession:
                 save_report(report, path)
 
         self._outbox.submit(
-            Job(model=model.path, place=place, address=self._address, content=model, last=last),
+            Job(
+                model=model.path,
+                place=model.place,
+                address=self._address,
+                content=model,
+                last=last,
+            ),
             told,
         )
 

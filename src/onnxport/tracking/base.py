@@ -90,6 +90,27 @@ class Model:
     identity: tuple[int, int]
     row: Mapping[str, np.ndarray[Any, Any]] | None = None
 
+    @classmethod
+    def of_file(
+        cls,
+        path: Path,
+        report: ExportReport,
+        origin: Provenance,
+        row: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    ) -> Model | None:
+        """Return the model in a file that was just made; ``None``: it is gone already."""
+        identity = identity_of(path)
+        if identity is None:
+            return None
+        return cls(
+            path=path.absolute(),
+            place=place_of(path),
+            report=report,
+            origin=origin,
+            identity=identity,
+            row=row,
+        )
+
     def require_unchanged(self) -> None:
         """Make sure that the file is what was proven.
 
