@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from onnxport.report import Provenance
 from onnxport.tracking.base import Model, RunAddress
 from onnxport.tracking.courier import Courier
 from onnxport.tracking.job import Job, save_job
+from onnxport.tracking.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,8 +99,6 @@ class Training:
 
     def checkpoint(self, score: float) -> Path:
         """Note a model with a score."""
-        from dataclasses import replace
-
         step = len(self.jobs) + 1
         path = self.folder / f"{self.name}-{step}.onnx"
         path.write_bytes(Path(str(self.report.path)).read_bytes())
@@ -182,6 +182,31 @@ def test_each_request_is_lost_once(
     network.lose = lambda _: ""
     assert lost == requests_each
     training.assert_exactly_once(best=len(training.jobs))
+
+
+def test_a_job_that_the_server_refuses_holds_up_no_other(
+    server: str, network: Network, report: ExportReport, tmp_path: Path
+) -> None:
+    refused = Training(server, "refused", tmp_path, report)
+    gone = refused.client.create_run(refused.client.create_experiment("gone"))
+    refused.client.delete_run(gone.info.run_id)
+    refused.address = replace(
+        refused.address, run_id=gone.info.run_id, experiment_id=gone.info.experiment_id
+    )
+    good = Training(server, "good", tmp_path, report)
+    answers: list[dict[str, Any]] = []
+    told = Server(Courier(), answers.append)
+    network.count = 0
+    network.lose = lambda _: "before"
+    for job in (refused.checkpoint(0.5), good.checkpoint(0.6), good.checkpoint(0.7)):
+        told._carry_out(str(job), server)
+    assert [answer["left"] for answer in answers] == [True] * 3
+    assert network.count == 1  # the others are not tried: the server is down
+    network.lose = lambda _: ""
+    told._try_again()
+    assert [answer["left"] for answer in answers[3:]] == [True, False, False]
+    assert "must be in the 'active' state" in answers[3]["record"]["missing"]
+    good.assert_exactly_once(best=2)
 
 
 @pytest.mark.exhaustive

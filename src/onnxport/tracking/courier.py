@@ -19,18 +19,27 @@ if TYPE_CHECKING:
     from onnxport.tracking.base import RunAddress, Tracker
     from onnxport.tracking.job import Job
 
-__all__ = ["Carried", "Courier", "mlflow_tracker", "with_password"]
+__all__ = ["Carried", "Courier", "hasty_tracker", "patient_tracker", "with_password"]
 
 logger = logging.getLogger(__name__)
 
+_OF_THE_SERVER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""Codes of MLflow's errors; those of its transport have the first one."""
 _WHAT = "the logged model, its metrics and its version"
 
 
-def mlflow_tracker(address: RunAddress) -> Tracker:
-    """Return the tracker of a run in MLflow."""
-    from onnxport.tracking.mlflow import MlflowTracker
+def hasty_tracker(address: RunAddress) -> Tracker:
+    """Return the tracker of a run in MLflow for a process that trains meanwhile."""
+    from onnxport.tracking.mlflow import HASTY, MlflowTracker
 
-    return MlflowTracker(address)
+    return MlflowTracker(address, HASTY)
+
+
+def patient_tracker(address: RunAddress) -> Tracker:
+    """Return the tracker of a run in MLflow for a process that has nothing else to do."""
+    from onnxport.tracking.mlflow import PATIENT, MlflowTracker
+
+    return MlflowTracker(address, PATIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +51,13 @@ class Carried:
         record: What the server holds now, with ``missing`` if it could not be done; ``None`` for a
             model that was removed.
         left: Whether it is still to be done.
+        down: Whether the server is, so that other jobs would fail like it.
     """
 
     token: str = ""
     record: TrackingRecord | None = None
     left: bool = False
+    down: bool = False
 
 
 class Courier:
@@ -56,7 +67,7 @@ class Courier:
         tracker_of: Makes the tracker of a run.
     """
 
-    def __init__(self, tracker_of: Callable[[RunAddress], Tracker] = mlflow_tracker) -> None:
+    def __init__(self, tracker_of: Callable[[RunAddress], Tracker] = patient_tracker) -> None:
         self._tracker_of = tracker_of
         self._trackers: dict[RunAddress, Tracker] = {}
 
@@ -88,7 +99,8 @@ class Courier:
             except Exception as error:  # MLflow, its store and its transport raise anything
                 logger.debug("%s could not be carried out", path, exc_info=True)
                 text = f"{_WHAT} are missing from {begun.uri}: {_first_line(error)}"
-                return Carried(job.token, replace(begun, missing=text), left=True)
+                record = replace(begun, missing=text)
+                return Carried(job.token, record, left=True, down=_is_down(error))
             finish_job(path, seen)
             return Carried(job.token, record)
 
@@ -147,6 +159,11 @@ def _locked(path: Path) -> io.BufferedReader | None:
         file.close()
         return None
     return file
+
+
+def _is_down(error: Exception) -> bool:
+    """Tell an error of the server, or of the way there, from one of what it was asked."""
+    return getattr(error, "error_code", None) in {None, *_OF_THE_SERVER}
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import random
 import re
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -36,12 +37,8 @@ if TYPE_CHECKING:
     from onnxport.report import ExportReport
     from onnxport.tracking.base import Model, RunAddress
 
-__all__ = ["MlflowTracker", "require_mlflow"]
+__all__ = ["HASTY", "PATIENT", "MlflowTracker", "Patience", "require_mlflow"]
 
-HEALTH_TIMEOUT_S = 0.7
-"""How long a server may take to answer before it counts as down; waited for at most twice a fit."""
-REQUEST_TIMEOUT_S = 2
-"""How long it may take for each answer, once it has given a sign of life."""
 UPLOAD_BYTES_PER_S = 10_000_000
 """How fast it must take files."""
 OPEN_LIMIT_S = 60.0
@@ -66,14 +63,34 @@ def require_mlflow() -> None:
         import mlflow  # noqa: F401
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a server may take.
+
+    Args:
+        health_s: For a sign of life.
+        request_s: For each answer after that; files get longer.
+    """
+
+    health_s: float
+    request_s: int
+
+
+HASTY = Patience(0.7, 2)
+"""In a process that trains: a server is waited for at most twice a fit."""
+PATIENT = Patience(5.0, 30)
+
+
 class MlflowTracker:
     """Publishes to one run; raises whatever MLflow, its store and its transport raise.
 
     Args:
         address: Which run; one is started at the first model when there is none.
+        patience: How long its server may take.
     """
 
-    def __init__(self, address: RunAddress) -> None:
+    def __init__(self, address: RunAddress, patience: Patience = PATIENT) -> None:
+        self._patience = patience
         self._options = address.options
         self._run = _Run(address)
 
@@ -89,8 +106,8 @@ class MlflowTracker:
             TrackingError: If the server gives no sign of life.
         """
         model.require_unchanged()
-        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
-        with _fail_fast():
+        require_reachable(self._run.uri, self._patience.health_s)
+        with _fail_fast(self._patience.request_s):
             client = _client(self._run.uri)
             run_id, experiment_id = self._run.open(client)
             logged = self._logged_model(client, model)
@@ -112,8 +129,8 @@ class MlflowTracker:
         Raises:
             TrackingError: If the server gives no sign of life.
         """
-        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
-        with _fail_fast():
+        require_reachable(self._run.uri, self._patience.health_s)
+        with _fail_fast(self._patience.request_s):
             client = _client(self._run.uri)
             if self._run.find(client) is None:
                 return  # nothing was ever told
@@ -131,8 +148,8 @@ class MlflowTracker:
         """
         if not self._run.ours:
             return
-        require_reachable(self._run.uri, HEALTH_TIMEOUT_S)
-        with _fail_fast():
+        require_reachable(self._run.uri, self._patience.health_s)
+        with _fail_fast(self._patience.request_s):
             client = _client(self._run.uri)
             run_id = self._run.find(client)
             if run_id is not None:
@@ -192,7 +209,7 @@ class MlflowTracker:
             package_model(model, folder, logged, run_id)
             *files, marker = model_files_in_order(folder)
             size = sum(file.stat().st_size for file in files)
-            with _fail_fast(REQUEST_TIMEOUT_S + size // UPLOAD_BYTES_PER_S):
+            with _fail_fast(self._patience.request_s + size // UPLOAD_BYTES_PER_S):
                 marker = marker.rename(Path(temporary) / marker.name)
                 client.log_model_artifacts(logged.model_id, str(folder))
                 client.log_model_artifact(logged.model_id, str(marker))
@@ -327,7 +344,7 @@ def _client(uri: str) -> Any:
 
 
 @contextmanager
-def _fail_fast(timeout_s: int = REQUEST_TIMEOUT_S) -> Iterator[None]:
+def _fail_fast(timeout_s: int) -> Iterator[None]:
     """Bound how long MLflow's client may block; it reads these settings at each call.
 
     It also draws names and pauses from Python's random numbers, which are training's.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
-from onnxport.tracking.courier import Courier, with_password
+from onnxport.tracking.courier import Courier, hasty_tracker, with_password
 from onnxport.tracking.job import job_path, read_job, save_job
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class InlineOutbox(_Noted):
 
     def __init__(self, address: RunAddress) -> None:
         super().__init__(address)
-        self._courier = Courier()
+        self._courier = Courier(hasty_tracker)
         self._down: TrackingRecord | None = None
 
     def submit(self, job: Job, told: Told) -> None:
@@ -178,9 +178,9 @@ class InlineOutbox(_Noted):
     def _carry_out(self, path: Path) -> None:
         entry = self._entries[path]
         carried = self._courier.carry_out(path, entry.job.address.uri)
-        if carried.left:
+        if carried.down:
             self._down = carried.record
-        else:
+        if not carried.left:
             self._entries.pop(path, None)
         if carried.record is not None:
             entry.told(carried.record)
@@ -247,9 +247,10 @@ class ProcessOutbox(_Noted):
             failed = list(self._entries)
             for path in failed:
                 self._entries[path].asked = False
-        for path in failed:
-            self._ask(path)
         if failed:
+            self._lines.put({"again": True})
+            for path in failed:
+                self._ask(path)
             self._wait(end, tell)
         self._give_up()
 

@@ -25,6 +25,8 @@ from onnxport.tracking.courier import Courier
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from onnxport.tracking.courier import Carried
+
 __all__ = ["Server", "main"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
@@ -46,6 +48,7 @@ class Server:
         self._courier = courier
         self._answer = answer
         self._failed: dict[str, str] = {}
+        self._down: tuple[str, Carried] | None = None
         self._pause = FIRST_PAUSE_S
         self._next = 0.0
 
@@ -59,6 +62,8 @@ class Server:
                 continue
             if "status" in message:
                 self._end(message)
+            elif "again" in message:
+                self._down = None
             elif self._carry_out(message["job"], message["uri"]) and self._failed:
                 self._try_again()  # it is up again
 
@@ -72,20 +77,30 @@ class Server:
         self._answer({"ended": True})
 
     def _carry_out(self, path: str, uri: str) -> bool:
-        carried = self._courier.carry_out(Path(path), uri)
+        """Carry out a job, or say at once that its server was down a moment ago."""
+        answer: dict[str, Any] = {"job": path}
+        if self._down is not None and self._down[0] == uri and time.monotonic() < self._next:
+            carried = self._down[1]  # but its token: that is another job's
+        else:
+            carried = self._courier.carry_out(Path(path), uri)
+            self._down = (uri, carried) if carried.down else None
+            answer["token"] = carried.token
         if carried.left:
-            if not self._failed:
-                self._pause, self._next = FIRST_PAUSE_S, time.monotonic() + FIRST_PAUSE_S
+            if not self._failed or carried.down:
+                self._next = time.monotonic() + self._pause
             self._failed[path] = uri
         else:
             self._failed.pop(path, None)
-        self._answer({"job": path} | asdict(carried))
+            self._pause = FIRST_PAUSE_S
+        record = None if carried.record is None else asdict(carried.record)
+        self._answer(answer | {"record": record, "left": carried.left})
         return not carried.left
 
     def _try_again(self) -> None:
+        """Try all that failed; what waits for a server that is still down is not tried."""
+        self._down = None
         for path, uri in list(self._failed.items()):
-            if not self._carry_out(path, uri):
-                break  # the others would wait for the same server
+            self._carry_out(path, uri)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         self._next = time.monotonic() + self._pause
 
