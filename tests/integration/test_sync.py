@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,3 +203,26 @@ def test_people_promote_and_roll_back(store: str, tmp_path: Path) -> None:
     assert (code, champion()) == (0, 2), text
     assert "pinned, no training will move it" in text
     assert command("promote", "n", "7")[0] == 2
+
+
+def test_a_folder_in_which_somebody_works_is_looked_through(tmp_path: Path) -> None:
+    note = tmp_path / "z" / ".model.onnx.tracking"
+    note.parent.mkdir()
+    note.touch()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            for number in range(20):
+                (tmp_path / f".onnxport-{number}").mkdir()
+            for number in range(20):
+                (tmp_path / f".onnxport-{number}").rmdir()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(300):
+            assert list(jobs_in([tmp_path])) == [note]
+    finally:
+        stop.set()
+        worker.join()

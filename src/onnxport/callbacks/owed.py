@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._files import hidden_below
 from onnxport.pipeline.blueprint_file import read_plain, reference_from, reference_of
 from onnxport.report import Provenance
 
@@ -125,7 +126,7 @@ def owed(
         unclear: Called with a model and the reason why it is not known what it should be.
     """
     for folder in dict.fromkeys(folders):
-        for marker in sorted(folder.rglob(f".*{_SUFFIX}")) if folder.is_dir() else ():
+        for marker in sorted(hidden_below(folder, _SUFFIX)):
             try:
                 found = _read(marker)
                 there, gone = found.checkpoint.is_file(), found.checkpoint.parent.is_dir()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxport._files import hidden_below
 from onnxport.callbacks.owed import NO_USE, owed, settle, sweep
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
@@ -84,7 +85,7 @@ def resume(
             remove_model(debt.model)
             continue
         made(report)
-    sweep({path.parent for path in root.rglob(".*.onnxport-template")})
+    sweep({path.parent for path in hidden_below(root, ".onnxport-template")})
     return reports
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxport._files import hidden_below
 from onnxport.config import MLflow
 from onnxport.report import ExportReport, Provenance
 from onnxport.tracking.base import Model, RunAddress, without_password
@@ -142,14 +144,12 @@ def finish_job(path: Path, seen: os.stat_result) -> bool:
 
 def jobs_in(folders: Iterable[Path]) -> Iterator[Path]:
     """Yield the jobs in folders and below, in the order in which they were noted."""
-    found = {
-        path
-        for folder in folders
-        if folder.is_dir()
-        for path in folder.rglob(f".*{_SUFFIX}")
-        if path.is_file()
-    }
-    yield from sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
+    found: dict[Path, int] = {}
+    for folder in folders:
+        for path in hidden_below(folder, _SUFFIX):
+            with suppress(FileNotFoundError):  # carried out meanwhile
+                found[path] = path.stat().st_mtime_ns
+    yield from sorted(found, key=lambda path: (found[path], path))
 
 
 def _encoded_model(model: Model) -> dict[str, Any]:
