@@ -202,11 +202,11 @@ def test_one_that_was_overtaken_corrects_it_and_leaves_no_trace(
     move = Registry._move
     overtaken = []
 
-    def late(self: Registry, version: int, champion: Any) -> None:
+    def late(self: Registry, version: int, champion: Any, **tagged: bool) -> None:
         if self is not rival.registry and not overtaken:
             overtaken.append(version)
             rival.run(0.9)  # between our look and our move
-        move(self, version, champion)
+        move(self, version, champion, **tagged)
 
     monkeypatch.setattr(Registry, "_move", late)
     runs.run(0.6)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnxport.signature import TensorSpec
     from onnxport.tracking.base import Model
 
-__all__ = ["DATA_SUFFIX", "model_files_in_order", "model_signature", "package_model"]
+__all__ = ["DATA_SUFFIX", "model_files_in_order", "model_signature", "package_model", "weights_of"]
 
 MODEL, DATA_SUFFIX = "model.onnx", ".data"
 COMMIT_MARKER = "MLmodel"
@@ -72,9 +72,8 @@ def package_model(model: Model, folder: Path, logged_model: Any, run_id: str) ->
         import mlflow.models
         import mlflow.onnx
 
-    source = model.path.resolve()
-    data = source.with_name(source.name + DATA_SUFFIX)
-    graph = _graph_at(source, MODEL + DATA_SUFFIX) if data.exists() else b""
+    weights, name = weights_of(model.path)
+    graph = b"" if name == MODEL else _graph_at(model.path.resolve(), name)
     described = mlflow.models.Model(
         model_id=logged_model.model_id,
         model_uuid=logged_model.model_id,
@@ -92,13 +91,21 @@ def package_model(model: Model, folder: Path, logged_model: Any, run_id: str) ->
         onnx_session_options=SESSION_OPTIONS,
         save_as_external_data=False,
     )
-    if data.exists():
-        (folder / (MODEL + DATA_SUFFIX)).symlink_to(data)
-    else:
-        (folder / MODEL).unlink()
-        (folder / MODEL).symlink_to(source)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(weights)
     described.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     described.save(str(folder / COMMIT_MARKER))
+
+
+def weights_of(path: Path) -> tuple[Path, str]:
+    """Return the file that holds a model's weights, and its name in MLflow's folder.
+
+    Args:
+        path: The model.
+    """
+    source = path.resolve()
+    data = source.with_name(source.name + DATA_SUFFIX)
+    return (data, MODEL + DATA_SUFFIX) if data.exists() else (source, MODEL)
 
 
 def model_files_in_order(folder: Path) -> list[Path]:

@@ -8,10 +8,9 @@ better.
 
 from __future__ import annotations
 
-import json
+import sys
 import time
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,18 @@ from onnxport.tracking.promotion import (
     predecessor_of,
     read_score,
 )
+from onnxport.tracking.versions import create_version, link_version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from onnxport.config import MLflow
     from onnxport.report import TrackingRecord
 
-__all__ = ["Registry", "already_there_is_fine", "has_version", "register"]
+__all__ = ["KEY", "Registry", "View", "register"]
+
+KEY = f"{TAG_PREFIX}key"
+"""Tag that tells models apart, and tells that a version was made of one."""
 
 TRIES = 5
 """How often something is written where others write it, too."""
@@ -71,19 +74,44 @@ def register(
     if name is None or (options.policy == "end" and not last):
         return record
     registry = Registry(client, name, options.alias)
-    version = _existing_version(client, name, tags[f"{TAG_PREFIX}key"])
-    if version is None and options.policy == "best" and not registry.leads(logged, tags):
-        return replace(record, registered_name=name)
+    view = registry.look()
+    version = registry.version_of(tags[KEY], view)
     if version is None:
-        version = _create_version(client, name, logged, tags)
-    _link_version(client, logged.model_id, name, version)
-    holds_alias = registry.settle(options.min_delta) == version
+        if options.policy == "best" and not registry.leads(logged, tags, view):
+            return replace(record, registered_name=name)
+        version, view = registry.add(logged, tags, view, options.min_delta)
+    link_version(client, logged, name, version)
+    holds_alias = registry.settle(options.min_delta, view) == version
     return replace(
         record,
         registered_name=name,
         version=version,
         alias=options.alias if holds_alias else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What the registry held at one moment.
+
+    Args:
+        versions: MLflow's, the newest :data:`NEWEST` of them.
+        standings: Those of them that were proven.
+        holders: Which version has which alias.
+        pinned: A person has said who has the alias.
+        added: The number of a version that was made as the one to get the alias; its tags say so.
+    """
+
+    versions: Sequence[Any] = ()
+    standings: Sequence[Standing] = ()
+    holders: Mapping[str, Standing] = field(default_factory=dict)
+    pinned: bool = False
+    added: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all versions are in it."""
+        return len(self.versions) < NEWEST
 
 
 class Registry:
@@ -108,20 +136,60 @@ class Registry:
 
     # --- what training does -----------------------------------------------------------------
 
-    def leads(self, logged: Any, tags: Mapping[str, str]) -> bool:
+    def version_of(self, key: str, view: View) -> int | None:
+        """Return the version that was made of a model before, the lowest of twins.
+
+        Args:
+            key: Of the model.
+            view: What the registry holds.
+        """
+        found = [each for each in view.versions if each.tags.get(KEY) == key]
+        if not found and not view.whole:
+            found = list(self._versions(f" and tags.`{KEY}` = '{key}'"))
+        return min((int(each.version) for each in found), default=None)
+
+    def leads(self, logged: Any, tags: Mapping[str, str], view: View) -> bool:
         """Tell whether a model is better than all versions of its own run.
 
         Args:
             logged: MLflow's entity of the logged model.
             tags: What its version's tags would be.
+            view: What the registry holds.
         """
-        score = read_score(tags)
-        versions = self._versions(f" and run_id = '{logged.source_run_id}'")
+        run_id, score = logged.source_run_id, read_score(tags)
+        versions = [each for each in view.versions if each.run_id == run_id]
+        if not view.whole:
+            versions = list(self._versions(f" and run_id = '{run_id}'"))
         return is_better(score, None) and all(
             is_better(score, read_score(version.tags)) for version in versions
         )
 
-    def settle(self, min_delta: float = 0.0) -> int | None:
+    def add(
+        self, logged: Any, tags: Mapping[str, str], view: View, min_delta: float
+    ) -> tuple[int, View]:
+        """Make a version of a logged model.
+
+        Args:
+            logged: MLflow's entity of the logged model.
+            tags: Tags of the version.
+            view: What the registry holds.
+            min_delta: By how much a metric must be better.
+
+        Returns:
+            Its number, and what the registry holds now.
+        """
+        # One request less for what will have the alias: its tags say so from the beginning.
+        candidate = Standing(version=sys.maxsize, score=read_score(tags), promoted=_now())
+        gets_it = self._candidate([*view.standings, candidate], view, min_delta) is candidate
+        promoted = {self._promoted: str(candidate.promoted)} if gets_it else {}
+        version = create_version(self._client, self._name, logged, {**tags, **promoted})
+        added = replace(
+            candidate, version=version, promoted=candidate.promoted if gets_it else None
+        )
+        standings = [*view.standings, added]
+        return version, replace(view, standings=standings, added=version if gets_it else None)
+
+    def settle(self, min_delta: float = 0.0, view: View | None = None) -> int | None:
         """Give the alias to the best version; return which one has it then.
 
         It stays where it is if a person has pinned it, or given it to a version that is none of
@@ -129,25 +197,25 @@ class Registry:
 
         Args:
             min_delta: By how much a metric must be better.
+            view: What the registry holds; default: it is asked.
         """
-        standings, holders, pinned = self._look()
-        champion = before = holders.get(self._alias)
-        if pinned or (champion is not None and not champion.proven):
-            return None if champion is None else champion.version
-        candidate = _best_after(champion, standings, min_delta)
+        view = view or self.look()
+        champion = before = view.holders.get(self._alias)
+        candidate = self._candidate(view.standings, view, min_delta)
         while candidate is not None:
-            self._move(candidate.version, before)
+            self._move(candidate.version, before, tagged=candidate.version == view.added)
             # Another training may have read the same champion, and be better, or have been faster.
-            standings, holders, _ = self._look()
-            champion = holders.get(self._alias) or candidate
-            better = _best_after(champion, standings, min_delta)
+            view = self.look()
+            champion = view.holders.get(self._alias) or candidate
+            better = _best_after(champion, view.standings, min_delta)
             if better is not None and champion.version == candidate.version:
                 # It had the alias by mistake, for a moment.
                 self._client.delete_model_version_tag(
                     self._name, str(champion.version), self._promoted
                 )
             candidate = better
-        self._name_challenger(champion, holders.get(self._challenger), standings)
+        if champion is None or (champion.proven and not view.pinned):
+            self._name_challenger(champion, view)
         return None if champion is None else champion.version
 
     # --- what people do ---------------------------------------------------------------------
@@ -167,7 +235,7 @@ class Registry:
         """
         if not self._exists(version):
             raise TrackingError(f"{self._name!r} has no version {version}.")
-        champion = self._look()[1].get(self._alias)
+        champion = self.look().holders.get(self._alias)
         if pin:
             self._client.set_registered_model_tag(self._name, self._pinned, "true")
         self._client.delete_model_version_tag(self._name, str(version), self._rejected)
@@ -175,8 +243,8 @@ class Registry:
             self._move(version, champion)
         if not pin:
             self._client.delete_registered_model_tag(self._name, self._pinned)
-        standings, holders, _ = self._look()
-        self._name_challenger(holders.get(self._alias), holders.get(self._challenger), standings)
+        view = self.look()
+        self._name_challenger(view.holders.get(self._alias), view)
         return None if champion is None else champion.version
 
     def rollback(self) -> tuple[int, int]:
@@ -188,11 +256,11 @@ class Registry:
         Raises:
             TrackingError: If no version has it, or none had it before.
         """
-        standings, holders, _ = self._look()
-        champion = holders.get(self._alias)
+        view = self.look()
+        champion = view.holders.get(self._alias)
         if champion is None:
             raise TrackingError(f"No version of {self._name!r} is {self._alias!r}.")
-        others = [each for each in standings if each.version != champion.version]
+        others = [each for each in view.standings if each.version != champion.version]
         before = predecessor_of(champion.version, others)
         if before is None:
             raise TrackingError(
@@ -212,19 +280,26 @@ class Registry:
 
     # --- steps ------------------------------------------------------------------------------
 
-    def _move(self, version: int, champion: Standing | None) -> None:
+    def _candidate(
+        self, standings: Sequence[Standing], view: View, min_delta: float
+    ) -> Standing | None:
+        """Return which version is to get the alias; ``None``: it stays where it is."""
+        champion = view.holders.get(self._alias)
+        if view.pinned or (champion is not None and not champion.proven):
+            return None
+        return _best_after(champion, standings, min_delta)
+
+    def _move(self, version: int, champion: Standing | None, *, tagged: bool = False) -> None:
         """Move the alias, last of all: whoever is interrupted before will do it again."""
-        now = str(int(time.time() * 1000))
         tag = self._client.set_model_version_tag
-        _insist(lambda: tag(self._name, str(version), self._promoted, now))
+        if not tagged:
+            _insist(lambda: tag(self._name, str(version), self._promoted, str(_now())))
         if champion is not None:
             self._set(self._previous, champion.version)
         self._set(self._alias, version)
 
-    def _name_challenger(
-        self, champion: Standing | None, holder: Standing | None, standings: Sequence[Standing]
-    ) -> None:
-        best = challenger_of(champion, standings)
+    def _name_challenger(self, champion: Standing | None, view: View) -> None:
+        best, holder = challenger_of(champion, view.standings), view.holders.get(self._challenger)
         if best is None and holder is not None:
             self._drop(self._challenger)
         elif best is not None and (holder is None or holder.version != best.version):
@@ -247,11 +322,6 @@ class Registry:
         )
         return found
 
-    def _standings(self) -> list[Standing]:
-        """Return what is known of the versions that were proven."""
-        found = (self._standing(version) for version in self._versions())
-        return [each for each in found if each.proven]
-
     def _standing(self, version: Any) -> Standing:
         promoted = version.tags.get(self._promoted, "")
         return Standing(
@@ -262,8 +332,8 @@ class Registry:
             proven=version.tags.get(f"{TAG_PREFIX}validated") == "true",
         )
 
-    def _look(self) -> tuple[list[Standing], dict[str, Standing], bool]:
-        """Return the proven versions, which version has which alias, and whether that is pinned.
+    def look(self) -> View:
+        """Return what the registry holds.
 
         Raises:
             MlflowException: If it cannot be asked.
@@ -274,9 +344,10 @@ class Registry:
             model = self._client.get_registered_model(self._name)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return [], {}, False
+                return View()
             raise
-        standings = self._standings()
+        versions = self._versions()
+        standings = [each for each in map(self._standing, versions) if each.proven]
         known = {each.version: each for each in standings}
         holders = {}
         for alias in (self._alias, self._challenger):
@@ -286,7 +357,12 @@ class Registry:
                 holders[alias] = known.get(number) or self._standing(
                     self._client.get_model_version(self._name, str(number))
                 )
-        return standings, holders, bool(model.tags.get(self._pinned) == "true")
+        return View(
+            versions=versions,
+            standings=standings,
+            holders=holders,
+            pinned=model.tags.get(self._pinned) == "true",
+        )
 
     def _exists(self, version: int) -> bool:
         """Tell whether there is a version.
@@ -333,83 +409,9 @@ def _best_after(
     return best_of(each for each in standings if outranks(each, champion, min_delta))
 
 
-@contextmanager
-def already_there_is_fine() -> Iterator[None]:
-    """Let a repeated step pass: the store refuses the second one as a duplicate.
-
-    Raises:
-        MlflowException: Anything else.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        text = str(error).lower()
-        if not any(word in text for word in ("unique", "duplicate", "already exists")):
-            raise
-
-
-def has_version(client: Any, logged: Any) -> bool:
-    """Tell whether a version of any registered model is made of a logged model.
-
-    Args:
-        client: MLflow's client.
-        logged: MLflow's entity of the logged model.
-    """
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    if json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]")):
-        return True
-    # A version that was made without the tag: by a process that died, or by hand on a database.
-    sources = {logged.artifact_location, f"models:/{logged.model_id}"}
-    versions = client.search_model_versions(f"run_id = '{logged.source_run_id}'")
-    return any(version.source in sources for version in versions)
-
-
-def _existing_version(client: Any, name: str, key: str) -> int | None:
-    found = client.search_model_versions(
-        f"name = '{_quoted(name)}' and tags.`{TAG_PREFIX}key` = '{key}'"
-    )
-    return min((int(version.version) for version in found), default=None)
-
-
-def _create_version(client: Any, name: str, logged: Any, tags: dict[str, str]) -> int:
-    """Make a version; the registered model, too, if it is the first one.
-
-    Raises:
-        MlflowException: If the server refuses.
-    """
-    from mlflow.exceptions import MlflowException
-
-    # The artifacts' own address, not models:/<id>: the latter is resolved through the process's
-    # global tracking URI on a database store (mlflow 3.17).
-    what = {
-        "source": logged.artifact_location,
-        "run_id": logged.source_run_id,
-        "model_id": logged.model_id,
-        "tags": tags,
-        "await_creation_for": 0,
-    }
-    try:
-        return int(client.create_model_version(name, **what).version)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    with already_there_is_fine():
-        client.create_registered_model(name)
-    return int(client.create_model_version(name, **what).version)
-
-
-def _link_version(client: Any, model_id: str, name: str, version: int) -> None:
-    """Show the version on the logged model: a server does so itself, a database does not."""
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    tags = client.get_logged_model(model_id).tags
-    links = json.loads(tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    if not any(link["name"] == name and int(link["version"]) == version for link in links):
-        links.append({"name": name, "version": version})
-        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
+def _now() -> int:
+    """Return milliseconds since 1970."""
+    return int(time.time() * 1000)
 
 
 def _quoted(name: str) -> str:
