@@ -90,7 +90,7 @@ def _export(request: ExportRequest, module: torch.nn.Module) -> ir.Model:
         torch.onnx.export(
             module,
             request.args,
-            path,
+            str(path),  # a Path counts as a buffer, which takes 2 GB at most (torch 2.13)
             dynamo=False,
             dynamic_axes={name: dims for name, dims in axes.items() if dims},
             input_names=list(request.input_names),
