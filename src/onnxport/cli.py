@@ -32,10 +32,13 @@ def resume(
     import typer
 
     from onnxport.callbacks.resume import resume as resume_folder
+    from onnxport.tracking.job import jobs_in
 
     reports = _or_exit(lambda: resume_folder(folder, lambda report: typer.echo(_line(report))))
     made = sum(report.ok for report in reports)
     typer.echo(f"{made} of {len(reports)} models made." if reports else "No model is owed here.")
+    if reports and any(jobs_in([folder])):
+        typer.echo(f"`onnxport sync {folder}` tells MLflow of them.")
     if made < len(reports):
         raise typer.Exit(1)
 

@@ -20,10 +20,11 @@ import pytest
 import torch
 import zoo
 from lightning.pytorch.callbacks import Callback
+from mlflow import MlflowClient
 from torch import nn
 
 import onnxport
-from onnxport import Background, ConfigurationError, OnnxExport, Tolerance, Verify
+from onnxport import Background, ConfigurationError, MLflow, OnnxExport, Tolerance, Verify
 from onnxport.callbacks.owed import note, owed
 from onnxport.callbacks.runner import Outcome
 from onnxport.callbacks.session import ExportSession, Saved
@@ -223,6 +224,23 @@ def test_a_resumed_model_is_proven_as_the_run_asked_for(owing: Path) -> None:
     assert report.checks[0].outputs[0].budget >= 0.5
     assert names(owing, ".*") == []
     assert onnxport.resume(owing) == []
+
+
+def test_a_resumed_model_is_told_to_the_server_of_its_run(store: str, tmp_path: Path) -> None:
+    folder = run_that_does_not_wait(
+        tmp_path, mlflow=MLflow(tracking_uri=store, register="n", policy="all")
+    )
+    run = command("resume", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert f"`onnxport sync {folder}` tells MLflow of them." in run.stdout
+    told = onnxport.sync(folder)
+    assert [record.missing for record in told.values() if record.missing] == []
+    client = MlflowClient(store)
+    versions = client.search_model_versions("name = 'n'")
+    hashes = {version.tags["onnxport.weights_sha256"] for version in versions}
+    assert hashes == {read_metadata(path)["weights_sha256"] for path in folder.glob("*.onnx")}
+    assert len(versions) == len({version.run_id for version in versions}) + 1 == 2
+    assert names(folder, ".*") == []
 
 
 def test_other_weights_than_those_that_the_module_had_are_no_model(owing: Path) -> None:

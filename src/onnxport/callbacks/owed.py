@@ -19,12 +19,14 @@ import torch
 from onnxport._files import hidden_below
 from onnxport.pipeline.blueprint_file import read_plain, reference_from, reference_of
 from onnxport.report import Provenance
+from onnxport.tracking.job import address_from, plain_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from onnxport.config import ExportOptions
     from onnxport.pipeline import ExportJob, LiveReference
+    from onnxport.tracking.base import RunAddress
 
 __all__ = ["NO_USE", "Owed", "is_owed", "note", "owed", "settle", "sweep", "template_path"]
 
@@ -50,6 +52,7 @@ class Owed:
         reference: What the live module gave, or ``None``.
         fingerprint: What of the live module was no weight, or ``None``.
         options: How it is proven, as plain values.
+        address: The run of a tracking server that it belongs to, or ``None``.
     """
 
     model: Path
@@ -59,6 +62,7 @@ class Owed:
     reference: LiveReference | None = None
     fingerprint: dict[str, str] | None = None
     options: dict[str, Any] | None = None
+    address: RunAddress | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -68,7 +72,13 @@ class Owed:
         return beside if beside.is_file() else recorded
 
 
-def note(model: Path, name: str, origin: Provenance, job: ExportJob | None = None) -> None:
+def note(
+    model: Path,
+    name: str,
+    origin: Provenance,
+    job: ExportJob | None = None,
+    address: RunAddress | None = None,
+) -> None:
     """Note that a checkpoint's model is on its way; a disk that refuses is no reason to stop.
 
     Args:
@@ -76,6 +86,7 @@ def note(model: Path, name: str, origin: Provenance, job: ExportJob | None = Non
         name: Of the target, as it is part of the model's name.
         origin: Where the weights come from; without a checkpoint there is nothing to note.
         job: How it will be made, if that is known already.
+        address: The run of a tracking server that it belongs to.
     """
     if origin.checkpoint is None:
         return
@@ -90,6 +101,7 @@ def note(model: Path, name: str, origin: Provenance, job: ExportJob | None = Non
                 "reference": reference_of(job.reference, MAX_REFERENCE_BYTES),
                 "fingerprint": json.dumps(job.fingerprint),
                 "options": json.dumps(_proof_of(job.options)),
+                "address": json.dumps(None if address is None else plain_address(address)),
             }
         model.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, begun)
@@ -199,10 +211,12 @@ def _read(marker: Path) -> Owed:
     ):
         raise ValueError(f"{template!r} is no template")
     reference = content["reference"]
+    address = json.loads(content.get("address", "null"))
     return replace(
         found,
         template=None if template is None else marker.with_name(template),
         reference=None if reference is None else reference_from(reference),
         fingerprint=json.loads(content["fingerprint"]),
         options=json.loads(content["options"]),
+        address=None if address is None else address_from(address),
     )

@@ -16,6 +16,8 @@ from onnxport.exporter.writer import remove_model
 from onnxport.pipeline import ExportJob, ModuleMissingError, Pipeline
 from onnxport.pipeline.blueprint_file import load_blueprint
 from onnxport.report import ExportReport, Provenance
+from onnxport.tracking.base import Model
+from onnxport.tracking.job import Job, save_job
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def resume(
     of its checkpoints: the graph without weights, and for each checkpoint what the module in
     training computed with it. The weights are filled in, and ONNX Runtime must agree with what was
     noted. The training script, the module and its packages are not needed, and no code that is in
-    a file is run.
+    a file is run. What a tracking server should hold then is noted, too, for
+    :func:`~onnxport.sync` or the next fit.
 
     Args:
         folder: Where to look, and below.
@@ -80,6 +83,7 @@ def resume(
     for debt in owed([root], unclear=unclear):
         report = _pay(debt, pipelines)
         if report.ok and debt.checkpoint.is_file():
+            _note_for_server(debt, report)
             settle(debt.model)
         elif report.ok:  # removed meanwhile, by a run that still goes on
             remove_model(debt.model)
@@ -119,8 +123,7 @@ def _pay(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportR
     except Exception as error:  # values in a damaged note may be of any kind
         logger.debug("%s could not be made.", debt.model, exc_info=True)
         why = f"The note of {debt.model} is damaged: {type(error).__name__}: {error}."
-    origin = replace(debt.origin, checkpoint=str(debt.checkpoint))
-    return ExportReport.of_failure(f"{why} {_NEXT_FIT}", origin)
+    return ExportReport.of_failure(f"{why} {_NEXT_FIT}", _origin(debt))
 
 
 def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> ExportReport:
@@ -145,7 +148,7 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
         path=debt.model,
         options=_options(debt),
         target=debt.reference.target,
-        provenance=replace(debt.origin, checkpoint=str(debt.checkpoint)),
+        provenance=_origin(debt),
         reference=debt.reference,
         fingerprint=debt.fingerprint,
     )
@@ -159,6 +162,22 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
         return pipeline.run(job)
     finally:
         pipeline.blueprint = known  # what does not fit one checkpoint may fit the next
+
+
+def _note_for_server(debt: Owed, report: ExportReport) -> None:
+    """Note what a tracking server should hold; a disk that refuses is said."""
+    model = Model.of_file(debt.model, report, _origin(debt))
+    if debt.address is None or model is None:
+        return
+    job = Job(model=model.path, place=model.place, address=debt.address, content=model)
+    try:
+        save_job(job)
+    except OSError as error:
+        logger.warning("%s is not noted for %s: %s", debt.model, debt.address.uri, error)
+
+
+def _origin(debt: Owed) -> Provenance:
+    return replace(debt.origin, checkpoint=str(debt.checkpoint))
 
 
 def _pipeline(template: Path) -> Pipeline | OnnxportError:

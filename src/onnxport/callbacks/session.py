@@ -314,7 +314,8 @@ class ExportSession:
                     template = template_path(saved.path, self._id)
                     job = replace(job, template=template)
                     if job.reference is not None and alive:
-                        note(saved.path, self._name, saved.origin, job)
+                        address = None if self._outbox is None else self._address
+                        note(saved.path, self._name, saved.origin, job, address)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
             logger.debug("The export could not start", exc_info=True)

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["Job", "finish_job", "job_path", "jobs_in", "model_of", "read_job", "save_job"]
+__all__ = [
+    "Job",
+    "address_from",
+    "finish_job",
+    "job_path",
+    "jobs_in",
+    "model_of",
+    "plain_address",
+    "read_job",
+    "save_job",
+]
 
 _SUFFIX = ".tracking"
 _VERSION = 1
@@ -72,16 +82,10 @@ def save_job(job: Job) -> Path:
         OSError: If the disk does not take it.
     """
     path = job_path(job.model)
-    # The address is written once; what the user gave as an option may hold a password, too.
-    options = asdict(job.address.options) | {"tracking_uri": None}
-    address = asdict(job.address) | {
-        "uri": without_password(job.address.uri),
-        "options": options,
-    }
     content = {
         "version": _VERSION,
         "place": job.place,
-        "address": address,
+        "address": plain_address(job.address),
         "content": None if job.content is None else _encoded_model(job.content),
         "last": job.last,
         "ended": job.ended,
@@ -107,12 +111,12 @@ def read_job(path: Path, text: bytes) -> Job:
         content = json.loads(text)
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}")
-        address, model = content["address"], content["content"]
+        model = content["content"]
         lies, place = model_of(path), str(content["place"])
         return Job(
             model=lies,
             place=place,
-            address=RunAddress(**address | {"options": MLflow(**address["options"])}),
+            address=address_from(content["address"]),
             content=None if model is None else _decoded_model(model, lies, place),
             last=bool(content["last"]),
             ended=content["ended"],
@@ -120,6 +124,18 @@ def read_job(path: Path, text: bytes) -> Job:
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def plain_address(address: RunAddress) -> dict[str, Any]:
+    """Return an address as plain values, without its password."""
+    # It is written once; what the user gave as an option may hold a password, too.
+    options = asdict(address.options) | {"tracking_uri": None}
+    return asdict(address) | {"uri": without_password(address.uri), "options": options}
+
+
+def address_from(content: Mapping[str, Any]) -> RunAddress:
+    """Return the address that plain values tell."""
+    return RunAddress(**{**content, "options": MLflow(**content["options"])})
 
 
 def finish_job(path: Path, seen: os.stat_result) -> bool:
