@@ -1,30 +1,25 @@
-"""A table, scored with the champion on a real Spark session: ``make test-spark``."""
+"""A table, scored with the champion on a real Spark session: ``make test-scale``."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from registered import register
 from torch import nn
 
-import onnxport
 from onnxport import Inputs, TrackingError
-from onnxport.config import MLflow
-from onnxport.report import Provenance
 from onnxport.tracking import spark_udf
-from onnxport.tracking.base import Model, RunAddress
-from onnxport.tracking.mlflow import MlflowTracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytest.importorskip("pyspark", reason="make test-spark installs it")
+pytest.importorskip("pyspark", reason="make test-scale installs it")
 if shutil.which("java") is None:
     pytest.skip("Spark needs Java", allow_module_level=True)
 
@@ -68,7 +63,7 @@ def spark() -> Iterator[Any]:
     patch = pytest.MonkeyPatch()
     patch.setenv("PYSPARK_PYTHON", sys.executable)
     session = (
-        SparkSession.builder.master("local[2]")
+        SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
@@ -78,21 +73,6 @@ def spark() -> Iterator[Any]:
     yield session
     session.stop()
     patch.undo()
-
-
-def register(
-    store: str, folder: Path, module: nn.Module, example: dict[str, torch.Tensor], **options: Any
-) -> None:
-    path = folder / "model.onnx"
-    called = onnxport.Example((), dict(example))
-    report = onnxport.export(module, called, path, core="trace", **options)
-    model = Model.of_file(path, replace(report, global_step=1), Provenance())
-    assert model is not None
-    root = (folder / "artifacts").as_uri()
-    tracked = MLflow(register="scored")
-    MlflowTracker(RunAddress(uri=store, artifact_root=root, options=tracked)).publish(
-        model, last=False
-    )
 
 
 def test_a_table_scored_by_spark_is_what_pytorch_computes(

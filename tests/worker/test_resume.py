@@ -129,7 +129,7 @@ def test_a_killed_run_is_finished_without_its_script(core: str, tmp_path: Path) 
     assert len(names(folder, ".*.pending")) == 2
     moved = shutil.move(folder, tmp_path / "elsewhere")
     run = command("resume", str(tmp_path))
-    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.returncode, run.stderr) == (0, ""), run.stdout
     assert "2 of 2 models made." in run.stdout
     assert "proven, largest error" in run.stdout
     folder = Path(moved)
