@@ -28,6 +28,8 @@ DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 PAGE_WIDTH = 1412
 """The page without MLflow's assistant, which opens at the right."""
+AS_TRAINING = "?workflowType=machine_learning"
+"""MLflow's pages for those who train, and not for those who watch agents."""
 # Without these, Chromium looks for Google's hosts and waits.
 CHROMIUM = [
     *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
@@ -99,9 +101,10 @@ def main() -> None:
         )
         models = f"experiments/{experiment.experiment_id}/models"
         with mlflow_ui(store) as url:
-            photograph(f"{url}/#/models/digits", IMAGES / "registry.png", 700)
-            photograph(f"{url}/#/{models}", IMAGES / "models.png", 560)
-            photograph(f"{url}/#/{models}/{model.model_id}", IMAGES / "model.png", 1100)
+            photograph(f"{url}/#/models/digits{AS_TRAINING}", IMAGES / "registry.png", 1100)
+            photograph(f"{url}/#/{models}{AS_TRAINING}", IMAGES / "models.png", 560)
+            one = f"{url}/#/{models}/{model.model_id}{AS_TRAINING}"
+            photograph(one, IMAGES / "model.png", 1100)
 
 
 if __name__ == "__main__":
