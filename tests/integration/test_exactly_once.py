@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,16 +54,20 @@ class Network:
         self.lose = lose
         self.count = 0
         self.lost = 0
+        self.answered: list[str] = []
+        self._one_at_a_time = threading.Lock()
 
     def send(self, adapter: HTTPAdapter, request: Any, **options: Any) -> Any:
-        how = self.lose(self.count)
-        self.count += 1
-        self.lost += bool(how)
+        with self._one_at_a_time:  # some of them are sent side by side
+            how = self.lose(self.count)
+            self.count += 1
+            self.lost += bool(how)
         if how == "before":
             raise requests.exceptions.ConnectionError("lost before (injected)")
         response = SEND(adapter, request, **options)
         if how == "after":
             raise requests.exceptions.ConnectionError("lost after (injected)")
+        self.answered.append(f"{request.method} {request.path_url}")
         return response
 
 
@@ -182,6 +187,28 @@ def test_each_request_is_lost_once(
     network.lose = lambda _: ""
     assert lost == requests_each
     training.assert_exactly_once(best=len(training.jobs))
+
+
+def test_who_sees_a_model_ready_sees_it_whole_and_who_sees_a_version_sees_it_ready(
+    server: str, network: Network, report: ExportReport, tmp_path: Path
+) -> None:
+    training = Training(server, "order", tmp_path, report)
+    carry_out(training.checkpoint(0.5))
+    network.answered.clear()
+    carry_out(training.checkpoint(0.6))
+    said = network.answered
+
+    def places(*words: str) -> list[int]:
+        return [n for n, request in enumerate(said) if all(word in request for word in words)]
+
+    files, (whole,) = places("PUT", "/artifacts/"), places("PUT", "/MLmodel")
+    (weights,), (metrics,) = places("PUT", "/model.onnx"), places("log-batch")
+    (ready,) = [
+        n for n, line in enumerate(said) if line.startswith("PATCH") and "/tags" not in line
+    ]
+    (version,), alias = places("model-versions/create"), places("POST", "/alias")
+    assert max(files) == whole
+    assert max(weights, metrics) < whole < ready < version < min(alias)
 
 
 def test_a_job_that_the_server_refuses_holds_up_no_other(
