@@ -53,9 +53,9 @@ def test_a_write_is_refused_before_it_happens(name: str) -> None:
 def test_a_module_that_writes_runs_on_copies(name: str) -> None:
     module = Writer(WRITES[name])
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    reference = Reference(module)
+    reference = Reference()
     for _ in range(2):
-        outcome, _ = reference.run("", (Example((torch.ones(2, 3),)),), module.state_dict())
+        outcome, _ = reference.run(module, "", (Example((torch.ones(2, 3),)),), module.state_dict())
         assert outcome is not None
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     assert torch.equal(outcome.outputs[0], module(torch.ones(2, 3)))
@@ -64,7 +64,7 @@ def test_a_module_that_writes_runs_on_copies(name: str) -> None:
 def test_an_embedding_that_renormalises_itself_is_left_alone() -> None:
     module = nn.Embedding(5, 3, max_norm=0.1)
     before = module.weight.detach().clone()
-    Reference(module).run("", (Example((torch.arange(5),)),), module.state_dict())
+    Reference().run(module, "", (Example((torch.arange(5),)),), module.state_dict())
     assert torch.equal(module.weight, before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from onnxport.pipeline import LiveReference
 from onnxport.tree import flatten, map_tensors, same_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import nn
 
@@ -31,22 +32,23 @@ class Reference:
     A user's hook that watches (it records a statistic, say) would be called by every run of the
     copy, too, with tensors that training never had. Where it makes no difference to the result the
     copy does without it.
-
-    Args:
-        module: The live module.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self) -> None:
         self._known: dict[tuple[int, ...], list[Any]] = {}
         self._writes = False
 
     def run(
-        self, target: str, examples: tuple[Example, ...], state: Mapping[str, Any]
+        self,
+        live: nn.Module,
+        target: str,
+        examples: tuple[Example, ...],
+        state: Mapping[str, Any],
     ) -> tuple[LiveReference | None, list[Any]]:
         """Run the first example with a checkpoint's weights.
 
         Args:
+            live: The live module, or what stands for it.
             target: Name of the submodule or method to run.
             examples: Calls of it.
             state: The checkpoint's ``state_dict``.
@@ -56,7 +58,7 @@ class Reference:
         """
         if not examples or not flatten((examples[0].args, dict(examples[0].kwargs)))[1]:
             return None, []
-        module = find_target(self._module, target)
+        module = find_target(live, target)
         device = next(
             (tensor.device for tensor in (*module.parameters(), *module.buffers())),
             torch.device("cpu"),
@@ -67,7 +69,7 @@ class Reference:
             lambda tensor: tensor.to(device, copy=True),
             fresh=True,
         )
-        outputs = _flat(self._run(state, call, target))
+        outputs = _flat(self._run(live, state, call, target))
         reference = LiveReference(
             example=example,
             outputs=outputs,
@@ -79,43 +81,40 @@ class Reference:
         hooks = plain_hooks(module)
         key = tuple(map(id, hooks))
         if hooks and key not in self._known:
-            idle = self._are_idle(target, state, _clone(call), hooks)
+            idle = _are_idle(partial(run_borrowed, live, state, target=target), _clone(call), hooks)
             self._known[key] = hooks if idle else []
         return reference, self._known.get(key, [])
 
-    def _run(self, state: Mapping[str, Any], call: Any, target: str) -> Any:
+    def _run(self, live: nn.Module, state: Mapping[str, Any], call: Any, target: str) -> Any:
         """Run without copies of the weights, as long as the module never writes to one."""
         if not self._writes:
             try:
-                return run_borrowed(self._module, state, *_clone(call), target=target, copies=False)
+                return run_borrowed(live, state, *_clone(call), target=target, copies=False)
             except Exception:  # user code, which may catch and raise what it likes
                 logger.debug("The reference runs on copies of the weights.", exc_info=True)
                 self._writes = True
-        return run_borrowed(self._module, state, *call, target=target)
+        return run_borrowed(live, state, *call, target=target)
 
-    def _are_idle(
-        self, target: str, state: Mapping[str, Any], call: Any, hooks: Collection[Any]
-    ) -> bool:
-        """Compare runs with and without hooks.
 
-        Without comes first, and on values that no hook has seen: one that keeps a tensor for
-        ``forward`` to read later is told by what it has kept of another call.
-        """
-        other = map_tensors(call, _other_values, fresh=True)
-        if all(torch.equal(a, b) for a, b in zip(_flat(call), _flat(other), strict=True)):
-            return False
-        try:
-            without = run_borrowed(
-                self._module, state, *_clone(other), target=target, without=hooks
-            )
-            within = run_borrowed(self._module, state, *_clone(other), target=target)
-            pairs = zip(_flat(without), _flat(within), strict=True)
-            return same_structure(flatten(without)[0], flatten(within)[0]) and all(
-                _same(a, b) for a, b in pairs
-            )
-        except Exception:
-            logger.debug("The hooks stay on the copy.", exc_info=True)
-            return False
+def _are_idle(run: Callable[..., Any], call: Any, hooks: Collection[Any]) -> bool:
+    """Compare runs with and without hooks.
+
+    Without comes first, and on values that no hook has seen: one that keeps a tensor for
+    ``forward`` to read later is told by what it has kept of another call.
+    """
+    other = map_tensors(call, _other_values, fresh=True)
+    if all(torch.equal(a, b) for a, b in zip(_flat(call), _flat(other), strict=True)):
+        return False
+    try:
+        without = run(*_clone(other), without=hooks)
+        within = run(*_clone(other))
+        pairs = zip(_flat(without), _flat(within), strict=True)
+        return same_structure(flatten(without)[0], flatten(within)[0]) and all(
+            _same(a, b) for a, b in pairs
+        )
+    except Exception:
+        logger.debug("The hooks stay on the copy.", exc_info=True)
+        return False
 
 
 def _clone(tree: Any) -> Any:

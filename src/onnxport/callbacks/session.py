@@ -73,6 +73,7 @@ class Saved:
         file: A file that holds the ``state_dict`` as ``torch.save`` writes it, or ``None``.
         reference: What the module computed with them, where it cannot be asked any more.
         fingerprint: What of the module was no weight then.
+        module: What stands for the module in training, where that is spread over processes.
     """
 
     state: Mapping[str, Any]
@@ -80,6 +81,7 @@ class Saved:
     file: Path | None = None
     reference: LiveReference | None = None
     fingerprint: Mapping[str, str] | None = None
+    module: nn.Module | None = None
     origin: Provenance = field(default_factory=Provenance)
 
 
@@ -154,7 +156,7 @@ class ExportSession:
         self._given_up: set[Path] = set()
         self._small: Example | None = None
         self._preflight_begun = False
-        self._reference = Reference(module)
+        self._reference = Reference()
         self._rehearsals = MAX_REHEARSALS
         self._tracked: dict[Path, _Tracked] = {}
         if target is not None:
@@ -412,8 +414,9 @@ class ExportSession:
         runs = observed if callable(self._target) else examples
         if self._small is not None and runs:
             runs = (self._small,)
-        reference, idle = self._reference.run(watched, runs if alive else (), saved.state)
-        live = LiveModule(self._module, saved.state, tuple(idle))
+        module = self._module if saved.module is None else saved.module
+        reference, idle = self._reference.run(module, watched, runs if alive else (), saved.state)
+        live = LiveModule(module, saved.state, tuple(idle))
         job = ExportJob(
             source=live,
             examples=examples,
@@ -422,7 +425,7 @@ class ExportSession:
             target=self._target if callable(self._target) else plain_name(watched),
             provenance=saved.origin,
             reference=reference if alive else saved.reference,
-            fingerprint=fingerprint(self._module),
+            fingerprint=fingerprint(module),
             then=saved.fingerprint,
         )
         return job, live

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["HOOK_MARKS", "OBSERVES", "drop_hooks", "drop_observers", "is_observer", "plain_hooks"]
+__all__ = [
+    "HOOK_MARKS",
+    "OBSERVES",
+    "all_hooks",
+    "drop_hooks",
+    "drop_observers",
+    "is_observer",
+    "plain_hooks",
+]
 
 OBSERVES = "_onnxport_observes"
 """Marks the hooks of observers."""
@@ -29,12 +37,12 @@ def plain_hooks(module: nn.Module) -> list[Any]:
 
     Their closures reach into the training run. Methods and objects are copied with the module.
     """
-    return [hook for hook in _hooks(module) if isinstance(hook, FunctionType)]
+    return [hook for hook in all_hooks(module) if isinstance(hook, FunctionType)]
 
 
 def drop_observers(module: nn.Module) -> None:
     """Take the hooks of observers off a copy: they watch training."""
-    drop_hooks(module, [hook for hook in _hooks(module) if is_observer(hook)])
+    drop_hooks(module, [hook for hook in all_hooks(module) if is_observer(hook)])
 
 
 def is_observer(value: object) -> bool:
@@ -42,7 +50,8 @@ def is_observer(value: object) -> bool:
     return getattr(value, OBSERVES, None) is True
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def all_hooks(module: nn.Module) -> list[Any]:
+    """Return the forward hooks of a module and of all that is in it."""
     return [
         hook
         for submodule in module.modules()

@@ -31,6 +31,7 @@ from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
+from onnxport.callbacks.lightning.sharded import gather_saves
 from onnxport.callbacks.options import (
     AnyTarget,
     read_background,
@@ -44,6 +45,7 @@ from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
+from onnxport.exporter.unsharded import is_spread, whole_module
 from onnxport.report import ExportReport
 from onnxport.tracking.job import jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
@@ -213,7 +215,16 @@ class OnnxExport(metaclass=FrameworkAware):
         )
         if self._place is None and self.on_error == "raise":
             raise ConfigurationError(_SAME_NAMES)
-        if not trainer.is_global_zero or self._place is None:
+        if self._place is None:
+            return
+        if is_sharded(trainer.strategy):
+            gather_saves(
+                trainer.strategy,
+                id(self),
+                lambda path: bool(self._sessions) and self._wants(trainer, path),
+                lambda content, path: self._on_wanted(trainer, content, path),
+            )
+        if not trainer.is_global_zero:
             return
         checkpoint_io = trainer.strategy.checkpoint_io
         if not isinstance(checkpoint_io, MirroredCheckpointIO):
@@ -285,9 +296,11 @@ class OnnxExport(metaclass=FrameworkAware):
         self._begin_batch(trainer, "validation_step", batch, batch_idx, dataloader_idx)
 
     def _begin_batch(self, trainer: Any, step: str, batch: Any, *indices: int) -> None:
+        alone = not is_sharded(trainer.strategy)  # a copy of a part cannot run a step
         for name, session in self._sessions.items():
             method = self.targets[name]
-            session.begin_batch(batch, rehearsal(step, trainer, *indices, method=method))
+            run = rehearsal(step, trainer, *indices, method=method) if alone else None
+            session.begin_batch(batch, run)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._raise_failure(trainer)
@@ -358,14 +371,17 @@ class OnnxExport(metaclass=FrameworkAware):
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
             return
+        if self._wants(trainer, path):
+            self._on_wanted(trainer, content, path)
+
+    def _on_wanted(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         with _never_raises(f"exporting {path}"):
-            if self._wants(trainer, path):
-                origin = origin_of(trainer, path, self._measured)
-                self._save(content["state_dict"], path, origin, file=file_of(trainer, path))
-                if self._ended and self.background is not None:  # nobody will wait for it later
-                    end = time.monotonic() + self.background.drain_s
-                    self._drain(trainer, self.background.drain_s)
-                    self._finish_tracking(end - time.monotonic())
+            origin = origin_of(trainer, path, self._measured)
+            self._save(trainer, content["state_dict"], path, origin, file=file_of(trainer, path))
+            if self._ended and self.background is not None:  # nobody will wait for it later
+                end = time.monotonic() + self.background.drain_s
+                self._drain(trainer, self.background.drain_s)
+                self._finish_tracking(end - time.monotonic())
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True
@@ -382,6 +398,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _save(
         self,
+        trainer: Any,
         state: Any,
         checkpoint: str,
         origin: Provenance,
@@ -389,9 +406,14 @@ class OnnxExport(metaclass=FrameworkAware):
         file: Path | None = None,
     ) -> None:
         self._linked = -1
+        module = trainer.lightning_module
+        spread = is_spread(dict(module.named_parameters()))
+        whole = whole_module(module, state) if spread else None
         for name in self._sessions if only is None else only:
             path = self._model_path(checkpoint, name)
-            self._sessions[name].saved(Saved(state=state, path=path, origin=origin, file=file))
+            self._sessions[name].saved(
+                Saved(state=state, path=path, origin=origin, file=file, module=whole)
+            )
 
     def _model_path(self, checkpoint: str, name: str) -> Path:
         path = self._paths.of(checkpoint)
@@ -430,7 +452,7 @@ class OnnxExport(metaclass=FrameworkAware):
             global_step=content.get("global_step"),
         )
         origin = with_best_score(trainer, origin, self._measured)
-        self._save(content["state_dict"], best, origin, lacking, file_of(trainer, best))
+        self._save(trainer, content["state_dict"], best, origin, lacking, file_of(trainer, best))
 
     def _lacks_model(self, checkpoint: str, name: str) -> bool:
         """Tell whether a checkpoint has no model, and was not tried in vain."""
@@ -448,7 +470,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.failed("There is no checkpoint, and the weights are sharded.", origin)
             return
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        self._save(pl_module.state_dict(), str(self._folder / name), origin)
+        self._save(trainer, pl_module.state_dict(), str(self._folder / name), origin)
 
     def _dry_run(self, trainer: Any, pl_module: Any) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""

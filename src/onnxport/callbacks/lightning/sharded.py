@@ -1,0 +1,64 @@
+"""Saves of strategies that write each process's part of the weights themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnxport.exporter.unsharded import gathered, is_spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Wants = Callable[[str], bool]
+    OnSaved = Callable[[dict[str, Any], str], None]
+
+__all__ = ["GatheringSave", "gather_saves"]
+
+
+class GatheringSave:
+    """Takes the place of a strategy's ``save_checkpoint``, in all processes.
+
+    A checkpoint that holds parts of tensors is written by all processes, and never comes to the
+    checkpoint plugin. Once it is written, rank zero says whether anybody wants it, and only then do
+    all processes put the whole tensors together, one after the other, for rank zero.
+
+    Args:
+        strategy: Lightning's strategy.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.save = strategy.save_checkpoint
+        self.listeners: dict[Any, tuple[Wants, OnSaved]] = {}
+
+    def __call__(self, checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save, gather, report."""
+        state = checkpoint.get("state_dict", {})  # the strategy may take it out
+        result = self.save(checkpoint, filepath, *args, **kwargs)
+        if is_spread(state):
+            self._report(state, str(filepath))
+        return result
+
+    def _report(self, state: dict[str, Any], path: str) -> None:
+        first = self.strategy.global_rank == 0
+        wanting = [
+            on_saved for wants, on_saved in tuple(self.listeners.values()) if first and wants(path)
+        ]
+        if self.strategy.broadcast(bool(wanting)):  # all processes gather, or none does
+            whole = gathered(state, keep=first)
+            for on_saved in wanting:
+                on_saved({"state_dict": whole}, path)
+
+
+def gather_saves(strategy: Any, key: Any, wants: Wants, on_saved: OnSaved) -> None:
+    """Report saves of parts to somebody from now on; to be called in all processes.
+
+    Args:
+        strategy: Lightning's strategy.
+        key: Who listens; who listens again takes the place of their earlier self.
+        wants: Asked on rank zero with the path of a checkpoint that was written. Must not raise.
+        on_saved: Called on rank zero with whole tensors and the path. Must not raise.
+    """
+    if not isinstance(strategy.save_checkpoint, GatheringSave):
+        strategy.save_checkpoint = GatheringSave(strategy)
+    strategy.save_checkpoint.listeners[key] = (wants, on_saved)

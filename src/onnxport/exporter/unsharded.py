@@ -1,0 +1,126 @@
+"""Weights that are spread over processes: gather them, and make an ordinary module around them.
+
+FSDP2's ``fully_shard``, tensor parallelism, and PyTorch's sharded state dicts keep a part of each
+tensor in each process. Running such a module takes all processes; a copy with whole tensors does
+not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from onnxport.errors import ExportError
+from onnxport.exporter.duplicate import Duplicator, Unusable
+from onnxport.exporter.hooks import all_hooks, drop_hooks
+from onnxport.exporter.module_state import plain_name, preserved_rng
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["gathered", "is_spread", "whole_module"]
+
+_OF_TORCH = "torch.distributed"
+
+
+def is_spread(state: Mapping[str, Any]) -> bool:
+    """Tell whether a ``state_dict`` holds tensors of which this process has a part only."""
+    return any(_is_part(tensor) for tensor in state.values())
+
+
+def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
+    """Return a ``state_dict`` with whole tensors on the CPU.
+
+    All processes must call it with the same names. One tensor after the other is put together, so
+    that a process never holds more than one whole tensor, but for the one that keeps them.
+
+    Args:
+        state: The part of this process.
+        keep: Whether this process is the one that wants them; others get an empty mapping.
+    """
+    whole: dict[str, Any] = {}
+    with torch.no_grad(), torch.inference_mode(False):
+        for name, value in state.items():
+            tensor = _put_together(value) if _is_part(value) else value
+            if keep:
+                whole[name] = (
+                    tensor.detach().to("cpu", copy=tensor is value)
+                    if isinstance(tensor, torch.Tensor)
+                    else tensor
+                )
+    return whole
+
+
+def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """Return an ordinary module with whole tensors; no other process is asked.
+
+    It shares the tensors of the ``state_dict``, and everything else is copied. Wrappers and hooks
+    that PyTorch put there to spread the weights are left out.
+
+    Args:
+        module: The live module.
+        state: Whole tensors, on the CPU.
+
+    Raises:
+        ExportError: If a tensor that is spread has no whole one in the ``state_dict``.
+    """
+    plain = {plain_name(name): tensor for name, tensor in state.items()}
+    memo: dict[Any, Any] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
+    machinery = [hook for hook in all_hooks(module) if _is_machinery(hook)]
+    for hook in machinery:
+        owner = getattr(hook, "__self__", None)
+        memo[id(hook)] = memo[id(owner)] = Unusable(type(owner).__name__)
+    for name in ("_trainer", "_fabric", "_device_mesh"):
+        for value in (vars(submodule).get(name) for submodule in module.modules()):
+            memo |= {} if value is None else {id(value): None}
+    with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
+        twin: nn.Module = Duplicator(memo).copy(module)
+    drop_hooks(twin, [hook for hook in all_hooks(twin) if isinstance(hook, Unusable)])
+    for submodule in twin.modules():
+        submodule.__class__ = _own_class(type(submodule))
+    return twin
+
+
+def _is_part(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "full_tensor")
+
+
+def _put_together(tensor: Any) -> torch.Tensor:
+    # A part that was brought to the CPU must go back to where its processes speak to each other.
+    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return whole
+
+
+def _stand_in(name: str, tensor: torch.Tensor, state: Mapping[str, Any]) -> torch.Tensor:
+    """Return the whole tensor that takes a tensor's place.
+
+    Raises:
+        ExportError: If there is none.
+    """
+    given = state.get(name)
+    if given is None and _is_part(tensor):
+        raise ExportError(
+            f"The checkpoint does not hold {name!r}, whose values are spread over processes."
+        )
+    data = tensor.detach().to("cpu", copy=True) if given is None else given.detach().cpu()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
+
+
+def _is_machinery(hook: Any) -> bool:
+    """Tell whether PyTorch has put a hook there to spread weights or inputs."""
+    owner = getattr(hook, "__self__", None)
+    function = getattr(hook, "func", hook)  # of a partial
+    homes = (type(owner).__module__, getattr(function, "__module__", None))
+    return any(str(home).startswith(_OF_TORCH) for home in homes)
+
+
+def _own_class(kind: type) -> type:
+    """Return the class of a module before ``fully_shard`` has put one of its own before it."""
+    while len(kind.__bases__) > 1 and kind.__bases__[0].__module__.startswith(_OF_TORCH):
+        kind = kind.__bases__[-1]
+    return kind
