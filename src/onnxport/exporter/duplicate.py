@@ -28,6 +28,7 @@ _ATOMIC = (
     types.ModuleType,
 )
 _CONTAINERS = (list, set, OrderedDict)
+_OF_PROCESSES = ("torch.distributed", "torch._C._distributed")
 
 
 class NotCopiedError(RuntimeError):
@@ -78,6 +79,8 @@ class Duplicator:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
+        if _binds_processes(value):
+            return self._remember(value, Unusable(type(value).__name__))
         quick = self._quickly(value)
         if quick is not None:
             return quick
@@ -162,6 +165,16 @@ class Duplicator:
             twin.clear()
             for part in members:
                 twin.add(part)
+
+
+def _binds_processes(value: Any) -> bool:
+    """Tell groups and meshes of processes, and what belongs to them.
+
+    One process that used one would wait for the others for ever; and a copy of a group made by
+    ``copy.copy`` ends Python when it is looked at (torch 2.13).
+    """
+    of_them = type(value).__module__.startswith(_OF_PROCESSES)
+    return of_them and not isinstance(value, torch.Tensor | nn.Module)
 
 
 def _slots(kind: type) -> Iterator[str]:

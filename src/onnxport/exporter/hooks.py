@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOK_MARKS",
     "OBSERVES",
-    "all_hooks",
     "drop_hooks",
     "drop_observers",
+    "hooks_of_any_kind",
     "is_observer",
     "plain_hooks",
 ]
@@ -37,12 +37,12 @@ def plain_hooks(module: nn.Module) -> list[Any]:
 
     Their closures reach into the training run. Methods and objects are copied with the module.
     """
-    return [hook for hook in all_hooks(module) if isinstance(hook, FunctionType)]
+    return [hook for hook in _hooks(module) if isinstance(hook, FunctionType)]
 
 
 def drop_observers(module: nn.Module) -> None:
     """Take the hooks of observers off a copy: they watch training."""
-    drop_hooks(module, [hook for hook in all_hooks(module) if is_observer(hook)])
+    drop_hooks(module, [hook for hook in _hooks(module) if is_observer(hook)])
 
 
 def is_observer(value: object) -> bool:
@@ -50,8 +50,7 @@ def is_observer(value: object) -> bool:
     return getattr(value, OBSERVES, None) is True
 
 
-def all_hooks(module: nn.Module) -> list[Any]:
-    """Return the forward hooks of a module and of all that is in it."""
+def _hooks(module: nn.Module) -> list[Any]:
     return [
         hook
         for submodule in module.modules()
@@ -60,13 +59,24 @@ def all_hooks(module: nn.Module) -> list[Any]:
     ]
 
 
+def hooks_of_any_kind(module: nn.Module) -> list[Any]:
+    """Return all hooks: of forward, backward, and of saving and loading a ``state_dict``."""
+    return [
+        hook
+        for submodule in module.modules()
+        for kind, registry in vars(submodule).items()
+        if kind.endswith("_hooks") and isinstance(registry, dict)
+        for hook in registry.values()
+    ]
+
+
 def drop_hooks(module: nn.Module, hooks: Collection[Any]) -> None:
     """Take hooks off a module and all that is in it."""
     unwanted = {id(hook) for hook in hooks}
     for submodule in module.modules() if unwanted else ():
         attributes = vars(submodule)
-        for kind in _KINDS:
-            registry = attributes.get(kind, {})
+        for kind in [name for name in attributes if name.endswith("_hooks")]:
+            registry = attributes[kind] or {}
             for key in [key for key, hook in registry.items() if id(hook) in unwanted]:
                 for each in (kind, *HOOK_MARKS):
                     attributes.get(each, {}).pop(key, None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 __all__ = [
+    "TRAINERS",
     "borrowed",
     "copy_module",
     "evaluate",
@@ -105,20 +106,20 @@ def _eager() -> AbstractContextManager[Any]:
     return eager
 
 
-_TRAINERS = ("_trainer", "_fabric")
+TRAINERS = ("_trainer", "_fabric")
 """Attributes through which a module reaches the loop that trains it."""
 
 
 def _shared(submodules: Sequence[nn.Module]) -> dict[Any, Any]:
     """Return what is never copied, by ``id``: the modules, their trainers, their compilers."""
-    names = (*_TRAINERS, "_compiler_ctx", "dynamo_ctx")
+    names = (*TRAINERS, "_compiler_ctx", "dynamo_ctx")
     values = [vars(submodule).get(name) for submodule in submodules for name in names]
     return {id(value): value for value in (*submodules, *values) if value is not None}
 
 
 def _silence(module: nn.Module) -> None:
     """Keep a run that training does not know of out of its logs and its epoch means."""
-    if any(name in vars(module) for name in _TRAINERS):
+    if any(name in vars(module) for name in TRAINERS):
         for name in ("log", "log_dict"):
             if hasattr(type(module), name):
                 vars(module)[name] = _log_nothing
@@ -217,7 +218,7 @@ def copy_module(
             then, because stand-ins may hold nothing that could be moved.
         without: Hooks that the copy does not have.
     """
-    trainers = [vars(submodule).get(name) for submodule in module.modules() for name in _TRAINERS]
+    trainers = [vars(submodule).get(name) for submodule in module.modules() for name in TRAINERS]
     # A checkpoint may be saved under inference mode; tensors made there could not be exported.
     with preserved_rng(), torch.inference_mode(False), torch.no_grad():
         tensors = _copied_tensors(module) if stand_ins is None else dict(stand_ins)
@@ -226,7 +227,7 @@ def copy_module(
         }
         clone: nn.Module = Duplicator(memo).copy(module)
     for submodule in list(clone.modules()):
-        for name in _TRAINERS:
+        for name in TRAINERS:
             if name in vars(submodule):
                 vars(submodule)[name] = None
         _silence(submodule)

@@ -14,8 +14,8 @@ from torch import nn
 
 from onnxport.errors import ExportError
 from onnxport.exporter.duplicate import Duplicator, Unusable
-from onnxport.exporter.hooks import all_hooks, drop_hooks
-from onnxport.exporter.module_state import plain_name, preserved_rng
+from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
+from onnxport.exporter.module_state import TRAINERS, plain_name, preserved_rng
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,16 +70,14 @@ def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     memo: dict[Any, Any] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
-    machinery = [hook for hook in all_hooks(module) if _is_machinery(hook)]
-    for hook in machinery:
-        owner = getattr(hook, "__self__", None)
-        memo[id(hook)] = memo[id(owner)] = Unusable(type(owner).__name__)
-    for name in ("_trainer", "_fabric", "_device_mesh"):
+    machinery = [hook for hook in hooks_of_any_kind(module) if _is_machinery(hook)]
+    memo |= {id(hook): Unusable("hook") for hook in machinery}
+    for name in TRAINERS:
         for value in (vars(submodule).get(name) for submodule in module.modules()):
             memo |= {} if value is None else {id(value): None}
     with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
         twin: nn.Module = Duplicator(memo).copy(module)
-    drop_hooks(twin, [hook for hook in all_hooks(twin) if isinstance(hook, Unusable)])
+    drop_hooks(twin, [hook for hook in hooks_of_any_kind(twin) if isinstance(hook, Unusable)])
     for submodule in twin.modules():
         submodule.__class__ = _own_class(type(submodule))
     return twin
@@ -113,6 +111,7 @@ def _stand_in(name: str, tensor: torch.Tensor, state: Mapping[str, Any]) -> torc
 
 def _is_machinery(hook: Any) -> bool:
     """Tell whether PyTorch has put a hook there to spread weights or inputs."""
+    hook = getattr(hook, "hook", hook)  # of a wrapper that knows the module
     owner = getattr(hook, "__self__", None)
     function = getattr(hook, "func", hook)  # of a partial
     homes = (type(owner).__module__, getattr(function, "__module__", None))
