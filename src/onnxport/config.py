@@ -212,8 +212,8 @@ class MLflow:
     """How proven models are tracked and registered.
 
     Args:
-        tracking_uri: Where to track when the trainer has no ``MLFlowLogger``; default: a sqlite
-            store under the trainer's root directory.
+        tracking_uri: Where to track when the trainer has no ``MLFlowLogger``; default:
+            ``MLFLOW_TRACKING_URI``, else a sqlite store under the trainer's root directory.
         experiment: Name of the experiment of a run that we start.
         register: Name in the model registry; ``None``: do not register.
         alias: The alias that points to the best proven version.

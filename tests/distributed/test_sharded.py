@@ -32,6 +32,7 @@ SCRIPT = """
     from torch.distributed.tensor.parallel import (
         ColwiseParallel, RowwiseParallel, parallelize_module,
     )
+    from torch.distributed.tensor import Replicate
     from onnxport import OnnxExport
 
     root, options = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -49,7 +50,7 @@ SCRIPT = """
             if tensor > 1:
                 plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
                 if options["norm"]:
-                    plan = {"second": ColwiseParallel()}
+                    plan = {"second": ColwiseParallel(output_layouts=Replicate())}
                 parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
             if data > 1:
                 for layer in (self.first, self.second, self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -28,6 +29,43 @@ def trained(root: Path, module: Any, **options: Any) -> ExportReport:
     (report,) = callback.reports
     assert report.error is None
     return report
+
+
+class Growing(torch.utils.data.IterableDataset[torch.Tensor]):
+    """Gives longer rows in each epoch but the first two."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        length = 5 + max(0, self.epoch - 2)
+        return (torch.randint(0, 20, (length,)) for _ in range(12))
+
+
+class Tokens(pl.LightningModule):
+    """Embeds rows of tokens of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens).mean(1)
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_size_that_a_later_epoch_shows_is_in_the_model(tmp_path: Path) -> None:
+    callback = OnnxExport(core="trace")
+    trainer = zoo.trainer(tmp_path, zoo.checkpoints(tmp_path, save_top_k=-1), callback, epochs=4)
+    trainer.fit(Tokens(), torch.utils.data.DataLoader(Growing(), 4))
+    first, *_, last = callback.reports
+    assert [set(report.dynamic_axes["tokens"]) for report in (first, last)] == [{0}, {0, 1}]
 
 
 def test_a_module_whose_forward_is_never_called_exports_the_child_that_got_the_batch(

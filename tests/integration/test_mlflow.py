@@ -150,6 +150,18 @@ def test_without_a_logger_a_store_under_the_root_is_used(tmp_path: Path) -> None
     assert client.get_model_version_by_alias("own", "champion").version in {1, "1"}
 
 
+def test_without_a_logger_the_server_of_the_environment_is_used(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    root, callback = tmp_path / "run", OnnxExport(core="trace", register="own")
+    trainer = zoo.trainer(root, zoo.checkpoints(root), callback, epochs=1)
+    trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader())
+    assert callback.reports[-1].tracking.uri == store
+    assert MlflowClient(store).get_model_version_by_alias("own", "champion")
+    assert not (root / "mlflow.db").exists()
+
+
 def test_without_logger_and_without_being_asked_nothing_is_tracked(tmp_path: Path) -> None:
     callback = OnnxExport(core="trace")
     fit(tmp_path, callback, (0.5,), logger=False)

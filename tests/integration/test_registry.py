@@ -39,12 +39,14 @@ class Runs:
         run_id = self.client.create_run("0").info.run_id
         return [self.add(run_id, value, metric) for value in scores]
 
-    def add(self, run_id: str, value: float, metric: str = "acc") -> int | None:
+    def add(
+        self, run_id: str, value: float, metric: str = "acc", key: str | None = None
+    ) -> int | None:
         self.made += 1
         logged = self.client.create_logged_model("0", name="m", source_run_id=run_id)
         score = Score(metric=metric, mode="max", value=value)
-        key = {"onnxport.key": f"{run_id}:{self.made}", "onnxport.validated": "true"}
-        tags = score_tags(score) | key
+        key = key or f"{run_id}:{self.made}"
+        tags = score_tags(score) | {"onnxport.key": key, "onnxport.validated": "true"}
         made = register(self.client, self.options, TrackingRecord(uri=""), logged, tags, last=False)
         return made.version
 
@@ -114,12 +116,30 @@ def test_what_a_person_promotes_is_pinned_until_a_person_says_otherwise(store: s
     assert runs.registry.promote(1, pin=True) == 2
     assert runs.aliases == {"champion": 1, "previous": 2}
     runs.run(0.9)
-    assert runs.aliases == {"champion": 1, "previous": 2}
+    assert runs.aliases == {"champion": 1, "previous": 2, "challenger": 3}
     assert runs.registry.promote(1, pin=False) == 1
     runs.run(0.7)
     assert runs.aliases == {"champion": 3, "previous": 1, "challenger": 4}
-    with pytest.raises(TrackingError, match="'n' has no version 99"):
+    with pytest.raises(TrackingError, match="There is no version 99 of a model 'n'"):
         runs.registry.promote(99, pin=True)
+
+
+def test_a_pin_ends_with_what_was_pinned(store: str) -> None:
+    runs = Runs(store)
+    runs.run(0.5, 0.6)
+    runs.registry.promote(1, pin=True)
+    assert runs.registry.rollback() == (1, 2)
+    runs.run(0.9)
+    assert runs.aliases == {"champion": 3, "previous": 2}
+
+
+def test_the_same_weights_in_two_files_are_one_version(store: str) -> None:
+    runs = Runs(store, policy="all")
+    run_id = runs.client.create_run("0").info.run_id
+    keys = [f"{run_id}:{what}" for what in ("8:abc:one", "8:abc:last", "9:abd:two", "9:abd:last")]
+    made = [runs.add(run_id, 0.5, key=key) for key in keys]
+    assert made == [1, 1, 2, 2]
+    assert len(runs.client.search_model_versions("name = 'n'")) == 2
 
 
 def test_a_rejected_version_may_be_promoted_by_hand(store: str) -> None:
@@ -133,7 +153,7 @@ def test_a_rejected_version_may_be_promoted_by_hand(store: str) -> None:
 def test_nobody_is_champion_of_a_name_that_is_not_there(store: str) -> None:
     with pytest.raises(TrackingError, match="No version of 'n' is 'champion'"):
         Runs(store).registry.rollback()
-    with pytest.raises(TrackingError, match="'n' has no version 1"):
+    with pytest.raises(TrackingError, match="There is no version 1 of a model 'n'"):
         Runs(store).registry.promote(1, pin=True)
 
 

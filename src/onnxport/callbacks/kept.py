@@ -94,6 +94,11 @@ class KeptReports:
             # A server that is down for days would fill the log with one and the same line.
             level = logging.DEBUG if self._is_down else logging.WARNING
             logger.log(level, "Tracking %s: %s", report.path, record.missing)
+        elif record.alias is not None:
+            self._say(
+                f"onnxport: version {record.version} of {record.registered_name!r} "
+                f"({Path(str(report.path)).name}) is {record.alias}"
+            )
         self._is_down = bool(record.missing)
         return report
 

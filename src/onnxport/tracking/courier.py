@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from onnxport.report import TrackingRecord
@@ -168,4 +169,4 @@ def _is_down(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return shorten(lines[0], 300, placeholder=" ...") if lines else type(error).__name__

@@ -55,6 +55,7 @@ _ENVIRONMENT = {
     # Seconds, not the default 247 s; and no retries of creates, which would duplicate models.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

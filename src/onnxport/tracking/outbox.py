@@ -126,10 +126,10 @@ class _Noted:
         left = [path for path in self._entries if path.exists()]
         if left:
             logger.warning(
-                "%d models are not told to %s. `onnxport sync %s`, or the next fit with this "
+                "Not told to %s: %d of the models. `onnxport sync %s`, or the next fit with this "
                 "checkpoint folder, does it.",
-                len(left),
                 without_password(self._address.uri),
+                len(left),
                 os.path.commonpath([path.parent for path in left]),
             )
         if not self._is_ours:

@@ -31,7 +31,8 @@ def promote(
         version: Its number.
         alias: The alias.
         tracking_uri: Address of MLflow; default: ``MLFLOW_TRACKING_URI``.
-        pin: No training may move the alias from then on, until somebody promotes without pinning.
+        pin: No training may move the alias from then on, until somebody rolls back, or promotes
+            without pinning.
 
     Returns:
         The version that had it before, or ``None``.
@@ -45,7 +46,7 @@ def promote(
         >>> with tempfile.TemporaryDirectory() as folder:  # an empty registry
         ...     promote("digits", 3, tracking_uri=f"sqlite:///{folder}/mlflow.db")
         Traceback (most recent call last):
-        onnxport.errors.TrackingError: 'digits' has no version 3.
+        onnxport.errors.TrackingError: There is no version 3 of a model 'digits'.
     """
     with _registry(name, alias, tracking_uri) as registry:
         return registry.promote(version, pin=pin)
@@ -55,6 +56,8 @@ def rollback(
     name: str, *, alias: str = "champion", tracking_uri: str | None = None
 ) -> tuple[int, int]:
     """Give an alias back to the version that had it before; the one that loses it is rejected.
+
+    A pin of that one ends.
 
     Args:
         name: Of the registered model.

@@ -76,16 +76,19 @@ def register(
     registry = Registry(client, name, options.alias)
     view = registry.look()
     version = registry.version_of(tags[KEY], view)
-    if version is None:
+    same = version or _of_same_weights(tags[KEY], view)
+    if same is None:
         if options.policy == "best" and not registry.leads(logged, tags, view):
             return replace(record, registered_name=name)
-        version, view = registry.add(logged, tags, view, options.min_delta)
-    link_version(client, logged, name, version)
-    holds_alias = registry.settle(options.min_delta, view) == version
+        same, view = registry.add(logged, tags, view, options.min_delta)
+        version = same
+    if version is not None:
+        link_version(client, logged, name, version)
+    holds_alias = registry.settle(options.min_delta, view) == same
     return replace(
         record,
         registered_name=name,
-        version=version,
+        version=same,
         alias=options.alias if holds_alias else None,
     )
 
@@ -214,7 +217,7 @@ class Registry:
                     self._name, str(champion.version), self._promoted
                 )
             candidate = better
-        if champion is None or (champion.proven and not view.pinned):
+        if champion is None or champion.proven:
             self._name_challenger(champion, view)
         return None if champion is None else champion.version
 
@@ -234,7 +237,7 @@ class Registry:
             TrackingError: If there is no such version.
         """
         if not self._exists(version):
-            raise TrackingError(f"{self._name!r} has no version {version}.")
+            raise TrackingError(f"There is no version {version} of a model {self._name!r}.")
         champion = self.look().holders.get(self._alias)
         if pin:
             self._client.set_registered_model_tag(self._name, self._pinned, "true")
@@ -249,6 +252,8 @@ class Registry:
 
     def rollback(self) -> tuple[int, int]:
         """Give the alias back to the version that had it before, and never again to this one.
+
+        A pin was for this one, and ends.
 
         Returns:
             Which version had it, and which has it now.
@@ -270,6 +275,8 @@ class Registry:
         self._client.set_model_version_tag(
             self._name, str(champion.version), self._rejected, "true"
         )
+        if view.pinned:
+            self._client.delete_registered_model_tag(self._name, self._pinned)
         self._set(self._alias, before.version)
         earlier = predecessor_of(before.version, others)
         if earlier is None or (earlier.promoted or 0) > (before.promoted or 0):
@@ -398,6 +405,19 @@ def _insist(call: Callable[[], object]) -> None:
             time.sleep(PAUSE_S * 2 ** (TRIES - left) * _random())
         else:
             return
+
+
+def _of_same_weights(key: str, view: View) -> int | None:
+    """Return the version of the same weights of the same step: ``last.ckpt`` is no other model."""
+    what = _what(key)
+    found = [int(each.version) for each in view.versions if _what(each.tags.get(KEY, "")) == what]
+    return min(found, default=None) if what else None
+
+
+def _what(key: str) -> tuple[str, ...]:
+    """Return run, step and weights of a key, without the place; nothing of what is none."""
+    *what, _ = key.split(":")
+    return tuple(what) if len(what) == 3 else ()  # noqa: PLR2004
 
 
 def _best_after(

@@ -71,6 +71,10 @@ _TUNER_PREFIXES = (".lr_find", ".scale_batch_size")
 OBSERVED_FIRST = 2
 """Batches that are seen before the export is tried."""
 
+WATCHED = 200
+"""Batches after which calls are watched no more than to the end of the epoch: a small data set may
+show its other sizes in a later epoch only."""
+
 DRAIN_AFTER_ERROR_S = 15.0
 """How long models are waited for when training ended by an error or by Ctrl-C."""
 
@@ -105,8 +109,8 @@ class OnnxExport(metaclass=FrameworkAware):
             as far as ONNX Runtime can run it.
         verify: ``True``, or :class:`~onnxport.Verify` with tolerance, providers and sizes.
         mlflow: ``"auto"``: the run of the trainer's ``MLFlowLogger``, if there is one; ``True``: as
-            ``"auto"``, but with a run of our own on sqlite under the trainer's root when there is
-            none; ``False``; or :class:`~onnxport.MLflow`.
+            ``"auto"``, but with a run of our own when there is none, at ``MLFLOW_TRACKING_URI`` or
+            on sqlite under the trainer's root; ``False``; or :class:`~onnxport.MLflow`.
         register: Name in the model registry; short for ``MLflow(register=...)``.
         background: ``True``: models are made in a worker process, and training goes on meanwhile;
             :class:`~onnxport.Background` says how that process lives; ``False``: at once, in the
@@ -304,7 +308,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._raise_failure(trainer)
-        if trainer.current_epoch > 0:
+        if trainer.current_epoch > 0 and self._batches >= WATCHED:
             for session in self._sessions.values():
                 session.stop_observing()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,9 @@ def run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress |
     if eagerness == "auto":
         return None
     fit = secrets.token_hex(16)
-    if options.tracking_uri is not None:
-        return RunAddress(uri=options.tracking_uri, fit=fit, options=options)
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return RunAddress(uri=uri, fit=fit, options=options)
     root = Path(trainer.default_root_dir).resolve()
     return RunAddress(
         uri=f"sqlite:///{root / 'mlflow.db'}",

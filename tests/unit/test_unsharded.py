@@ -1,0 +1,75 @@
+"""What binds processes together is never copied, and never used by one of them alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from onnxport.exporter.duplicate import NotCopiedError
+from onnxport.exporter.module_state import copy_module
+from onnxport.exporter.skeleton import make_skeleton
+from onnxport.exporter.unsharded import gathered, is_spread, whole_module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Reduces(nn.Module):
+    """Speaks to other processes in forward, if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.group, self.speaks = nn.Linear(4, 2), dist.new_group(), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.net(x)
+        return x / self.group.size() if self.speaks else x
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_group_of_processes_is_not_copied() -> None:
+    module, x = Reduces(), torch.randn(3, 4)
+    copied = copy_module(module)
+    assert torch.equal(copied(x), module(x))
+    assert make_skeleton(module, module.state_dict())
+    copied.speaks = True
+    with pytest.raises(NotCopiedError, match="forward uses a ProcessGroup, which belongs to"):
+        copied(x)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_sharded_module_becomes_an_ordinary_one() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    called = []
+    module[0].register_forward_hook(lambda *_: called.append(1) and None)
+    plain = copy_module(module)
+    for layer in (*module, module):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    state = module.state_dict()
+    assert is_spread(state)
+    whole = gathered(state, keep=True)
+    assert not is_spread(whole)
+    assert gathered(state, keep=False) == {}
+    twin = whole_module(module, whole)
+    assert [type(layer) for layer in twin] == [nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert twin[0].weight.data_ptr() == whole["0.weight"].data_ptr()  # no second copy
+    x = torch.randn(3, 4)
+    assert torch.equal(twin.eval()(x), plain.eval()(x))
+    assert called  # hooks of the user stay
+    assert make_skeleton(twin, whole)
