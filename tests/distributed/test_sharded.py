@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from servers import free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import onnxport
@@ -35,8 +37,7 @@ SCRIPT = """
     from torch.distributed.tensor import Replicate
     from onnxport import OnnxExport
 
-    root, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    data, tensor = options["data"], options["tensor"]
+    data, tensor, options = 1, 1, {}
 
     class Net(pl.LightningModule):
         def __init__(self):
@@ -70,50 +71,59 @@ SCRIPT = """
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 0.01)
 
-    losses = []
+    def train(root):
+        saves = ModelCheckpoint(root / "c", save_top_k=1, monitor="loss", save_last=True)
+        export = OnnxExport(core="trace")
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=data * tensor, max_epochs=3, logger=False,
+            strategy=ModelParallelStrategy(
+                data_parallel_size=data, tensor_parallel_size=tensor,
+                save_distributed_checkpoint=options["distributed"],
+            ),
+            default_root_dir=root, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[saves, *([export] if options["export"] else [])],
+        )
+        trainer.fit(Net(), torch.utils.data.DataLoader(rows, 8))
+        said = {"losses": losses, "reports": [json.loads(r.to_json()) for r in export.reports]}
+        (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(said))
+
     torch.manual_seed(1)
     rows = torch.utils.data.TensorDataset(torch.randn(64, 16), torch.randint(0, 4, (64,)))
-    saves = ModelCheckpoint(root / "c", save_top_k=1, monitor="loss", save_last=options["last"])
-    export = OnnxExport(core="trace", on_error=options["on_error"])
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=data * tensor, max_epochs=3, logger=False,
-        strategy=ModelParallelStrategy(
-            data_parallel_size=data, tensor_parallel_size=tensor,
-            save_distributed_checkpoint=options["distributed"],
-        ),
-        default_root_dir=root, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[saves, *([export] if options["export"] else [])],
-    )
-    trainer.fit(Net(), torch.utils.data.DataLoader(rows, 8))
-    rank = trainer.global_rank
-    said = {"losses": losses, "reports": [json.loads(r.to_json()) for r in export.reports]}
-    (root / f"rank{rank}.json").write_text(json.dumps(said))
+    # One after the other in the same processes: starting them takes longer than training.
+    for name, options in json.loads(sys.argv[2]).items():
+        data, tensor, losses = options["data"], options["tensor"], []
+        train(Path(sys.argv[1], name))
 """
 
 
-def run(root: Path, **options: Any) -> list[dict[str, Any]]:
-    root.mkdir()
+def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
     script = root / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    chosen = {
-        "data": 2,
-        "tensor": 1,
-        "distributed": True,
-        "export": True,
-        "norm": True,
-        "last": True,
-        "on_error": "warn",
-    } | options
-    result = subprocess.run(
-        [sys.executable, str(script), str(root), json.dumps(chosen)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    files = [root / f"rank{rank}.json" for rank in range(chosen["data"] * chosen["tensor"])]
-    assert all(file.exists() for file in files), result.stderr[-3000:]
-    return [json.loads(file.read_text()) for file in files]
+    defaults = {"data": processes, "tensor": 1, "distributed": True, "export": True, "norm": True}
+    chosen = {name: defaults | options for name, options in cases.items()}
+    for name in chosen:
+        (root / name).mkdir()
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script), str(root), json.dumps(chosen)]
+    logs = [(root / f"{rank}.log").open("w") for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | meet
+            | {"WORLD_SIZE": str(processes), "NODE_RANK": "0", "LOCAL_RANK": str(rank)},
+            stdout=log,
+            stderr=log,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in ranks]
+    finally:
+        for process, log in zip(ranks, logs, strict=True):
+            process.kill()
+            log.close()
+    assert codes == [0] * processes, (root / "0.log").read_text()[-3000:]
 
 
 def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -124,29 +134,56 @@ def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=False)["state_dict"]
 
 
-CASES = {
+TENSOR = {"data": 1, "tensor": 2}
+CASES: dict[str, dict[str, Any]] = {
     "fsdp, distributed": {},
     "fsdp, full": {"distributed": False},
-    "tensor parallel, distributed": {"data": 1, "tensor": 2, "norm": False},
-    "tensor parallel, full": {"data": 1, "tensor": 2, "distributed": False, "norm": True},
-    "both": {"data": 2, "tensor": 2, "norm": False},
+    "tensor, distributed": {**TENSOR, "norm": False},
+    "tensor, full": {**TENSOR, "distributed": False},
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases, with the callback and without, trained by two processes."""
+    root = tmp_path_factory.mktemp("sharded")
+    plain = {f"{name}, plain": case | {"export": False} for name, case in CASES.items()}
+    run(root, 2, CASES | plain)
+    return root
+
+
 @pytest.mark.parametrize("case", list(CASES))
-def test_models_are_whole_and_training_is_what_it_was(case: str, tmp_path: Path) -> None:
-    ranks = run(tmp_path / "with", **CASES[case])
-    plain = run(tmp_path / "without", export=False, **CASES[case])
-    assert [rank["losses"] for rank in ranks] == [rank["losses"] for rank in plain]
-    assert all(rank["reports"] == [] for rank in ranks[1:])
-    assert [report["error"] for report in ranks[0]["reports"] if not report["ok"]] == []
-    folder = tmp_path / "with" / "c"
-    checkpoints = {path.stem: path for path in folder.glob("*.ckpt")}
-    models = {path.stem: path for path in folder.glob("*.onnx")}
+def test_models_are_whole_and_training_is_what_it_was(
+    case: str, trained: Path, tmp_path: Path
+) -> None:
+    assert_whole(trained / case, trained / f"{case}, plain", 2, tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_sharded_in_two_ways(tmp_path: Path) -> None:
+    both = {"data": 2, "tensor": 2, "norm": False}
+    run(tmp_path, 4, {"with": both, "plain": both | {"export": False}})
+    assert_whole(tmp_path / "with", tmp_path / "plain", 4, tmp_path)
+
+
+def assert_whole(root: Path, plain: Path, processes: int, folder: Path) -> None:
+    """Compare a training's models with its checkpoints, and its losses with a plain one's."""
+    first, *others = said_by(root, processes)
+    without = said_by(plain, processes)
+    assert [rank["losses"] for rank in (first, *others)] == [rank["losses"] for rank in without]
+    assert all(rank["reports"] == [] for rank in others)
+    assert [report["error"] for report in first["reports"] if not report["ok"]] == []
+    checkpoints = {path.stem: path for path in (root / "c").glob("*.ckpt")}
+    models = {path.stem: path for path in (root / "c").glob("*.onnx")}
     assert set(models) == set(checkpoints)
     assert "last" in models
     for stem, model in models.items():
-        state = state_of(checkpoints[stem], tmp_path)
+        state = state_of(checkpoints[stem], folder)
         assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
-    for report in ranks[0]["reports"]:
+    for report in first["reports"]:
         assert report["dynamic_axes"]["features"] == {"0": "batch"}
+
+
+def said_by(root: Path, processes: int) -> list[dict[str, Any]]:
+    files = [root / f"rank{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) for file in files]

@@ -168,12 +168,13 @@ def test_each_request_is_lost_once(
     shift: int, server: str, network: Network, report: ExportReport, tmp_path: Path
 ) -> None:
     whole = Training(server, f"whole-{shift}", tmp_path, report)
-    first = whole.checkpoint(0.5)
-    network.count = 0
-    carry_out(first)
-    network.count = 0
-    carry_out(whole.checkpoint(0.6))
-    requests_each = network.count
+    carry_out(whole.checkpoint(0.5))
+    counts = []
+    for score in (0.6, 0.7, 0.8):
+        network.count = 0
+        carry_out(whole.checkpoint(score))
+        counts.append(network.count)
+    requests_each = min(counts)  # two threads may ask for the same thing once each, or once
     assert requests_each > 15
     training = Training(server, f"each-{shift}", tmp_path, report)
     lost = 0
