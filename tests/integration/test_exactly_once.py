@@ -66,6 +66,7 @@ class Network:
             raise requests.exceptions.ConnectionError("lost before (injected)")
         response = SEND(adapter, request, **options)
         if how == "after":
+            response.close()
             raise requests.exceptions.ConnectionError("lost after (injected)")
         self.answered.append(f"{request.method} {request.path_url}")
         return response
