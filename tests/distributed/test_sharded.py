@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import onnxport
 from onnxport.exporter.ownership import read_metadata
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.worker]
 
@@ -73,7 +71,8 @@ SCRIPT = """
 
     def train(root):
         saves = ModelCheckpoint(root / "c", save_top_k=1, monitor="loss", save_last=True)
-        export = OnnxExport(core="trace")
+        export = OnnxExport(core="trace", when=options["when"])
+        kept = [saves] if options["saves"] else []
         trainer = pl.Trainer(
             accelerator="cpu", devices=data * tensor, max_epochs=3, logger=False,
             strategy=ModelParallelStrategy(
@@ -81,7 +80,8 @@ SCRIPT = """
                 save_distributed_checkpoint=options["distributed"],
             ),
             default_root_dir=root, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[saves, *([export] if options["export"] else [])],
+            callbacks=[*kept, *([export] if options["export"] else [])],
+            enable_checkpointing=options["saves"],
         )
         trainer.fit(Net(), torch.utils.data.DataLoader(rows, 8))
         said = {"losses": losses, "reports": [json.loads(r.to_json()) for r in export.reports]}
@@ -99,7 +99,8 @@ SCRIPT = """
 def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
     script = root / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    defaults = {"data": processes, "tensor": 1, "distributed": True, "export": True, "norm": True}
+    defaults = {"data": processes, "tensor": 1, "distributed": True, "norm": True}
+    defaults |= {"export": True, "when": "checkpoint", "saves": True}
     chosen = {name: defaults | options for name, options in cases.items()}
     for name in chosen:
         (root / name).mkdir()
@@ -143,12 +144,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+AT_END: dict[str, dict[str, Any]] = {
+    "end, distributed": {"when": "end"},
+    "end, full": {"when": "end", "distributed": False},
+    "end, no checkpoint": {"saves": False},
+}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, with the callback and without, trained by two processes."""
     root = tmp_path_factory.mktemp("sharded")
     plain = {f"{name}, plain": case | {"export": False} for name, case in CASES.items()}
-    run(root, 2, CASES | plain)
+    run(root, 2, CASES | plain | AT_END)
     return root
 
 
@@ -157,6 +165,19 @@ def test_models_are_whole_and_training_is_what_it_was(
     case: str, trained: Path, tmp_path: Path
 ) -> None:
     assert_whole(trained / case, trained / f"{case}, plain", 2, tmp_path)
+
+
+@pytest.mark.parametrize("case", list(AT_END))
+def test_the_weights_of_the_end_are_whole(case: str, trained: Path, tmp_path: Path) -> None:
+    first, second = said_by(trained / case, 2)
+    (report,) = first["reports"]
+    assert report["error"] is None
+    assert second["reports"] == []
+    assert report["weights_sha256"] == read_metadata(Path(report["path"]))["weights_sha256"]
+    if AT_END[case].get("saves", True):
+        state = state_of(Path(report["checkpoint"]), tmp_path)
+        assert report["weights_sha256"] == onnxport.weights_sha256(state)
+        assert report["epoch"] is not None
 
 
 @pytest.mark.exhaustive

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport._files import hidden_below
+from onnxport.exporter.checkpoint_file import is_checkpoint
 from onnxport.pipeline.blueprint_file import read_plain, reference_from, reference_of
 from onnxport.report import Provenance
 from onnxport.tracking.job import address_from, plain_address
@@ -69,7 +70,7 @@ class Owed:
         """The file with the weights: beside the model, where the folder may have been moved to."""
         recorded = Path(str(self.origin.checkpoint))
         beside = self.model.with_name(recorded.name or "?")
-        return beside if beside.is_file() else recorded
+        return beside if is_checkpoint(beside) else recorded
 
 
 def note(
@@ -141,7 +142,7 @@ def owed(
         for marker in sorted(hidden_below(folder, _SUFFIX)):
             try:
                 found = _read(marker)
-                there, gone = found.checkpoint.is_file(), found.checkpoint.parent.is_dir()
+                there, gone = is_checkpoint(found.checkpoint), found.checkpoint.parent.is_dir()
             except Exception as error:
                 logger.debug("%s says nothing.", marker, exc_info=True)  # damaged, or of others
                 unclear(_model(marker), f"{marker} is damaged ({type(error).__name__}).")

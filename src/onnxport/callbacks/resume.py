@@ -11,7 +11,7 @@ from onnxport._files import hidden_below
 from onnxport.callbacks.owed import NO_USE, owed, settle, sweep
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
-from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.checkpoint_file import is_checkpoint, read_state_dict
 from onnxport.exporter.writer import remove_model
 from onnxport.pipeline import ExportJob, ModuleMissingError, Pipeline
 from onnxport.pipeline.blueprint_file import load_blueprint
@@ -82,7 +82,7 @@ def resume(
 
     for debt in owed([root], unclear=unclear):
         report = _pay(debt, pipelines)
-        if report.ok and debt.checkpoint.is_file():
+        if report.ok and is_checkpoint(debt.checkpoint):
             _note_for_server(debt, report)
             settle(debt.model)
         elif report.ok:  # removed meanwhile, by a run that still goes on

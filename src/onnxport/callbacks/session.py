@@ -298,7 +298,7 @@ class ExportSession:
                 state=state,
                 path=path,
                 origin=origin,
-                file=file,
+                file=file if file.is_file() else None,
                 reference=debt.reference,
                 fingerprint=debt.fingerprint,
             )

@@ -23,11 +23,13 @@ from onnxport.errors import ExportError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["read_state_dict"]
+__all__ = ["is_checkpoint", "read_state_dict"]
 
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
 
+_METADATA = ".metadata"
+"""What ``torch.distributed.checkpoint`` writes last into a folder."""
 _REBUILDERS = frozenset(
     {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
 )
@@ -39,7 +41,8 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     Writing to them changes neither the file nor what others read from it.
 
     Args:
-        path: A file that ``torch.save`` wrote.
+        path: A file that ``torch.save`` wrote; or a folder that ``torch.distributed.checkpoint``
+            wrote, whose tensors are put together, by this process alone.
         key: Where the ``state_dict`` lies in it; ``""``: it is the whole content.
 
     Raises:
@@ -47,6 +50,8 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
         FileNotFoundError: If it is not there.
     """
     try:
+        if path.is_dir():
+            return _read_folder(path, key)
         content = torch.load(
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
         )
@@ -61,6 +66,31 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     for tensor in tensors.values():
         _populate(tensor)
     return tensors
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a path is a file, or a folder that ``torch.distributed.checkpoint`` wrote."""
+    return path.is_file() or (path / _METADATA).is_file()
+
+
+def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """Read what processes have written together."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    places = metadata.planner_data or {}
+    wanted: dict[str, torch.Tensor] = {}
+    for name, found in metadata.state_dict_metadata.items():
+        first, *rest = places.get(name, tuple(name.split(".", 1)))
+        if (not key or first == key) and isinstance(found, TensorStorageMetadata):
+            inner = ".".join(map(str, rest)) if key else name
+            wanted[inner] = torch.empty(found.size, dtype=found.properties.dtype)
+    # The others of the group, if there is one, do not take part.
+    load({key: wanted} if key else wanted, storage_reader=reader, no_dist=True)
+    return wanted
 
 
 def _populate(tensor: torch.Tensor) -> None:

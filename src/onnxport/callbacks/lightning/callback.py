@@ -31,7 +31,7 @@ from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
-from onnxport.callbacks.lightning.sharded import gather_saves
+from onnxport.callbacks.lightning.sharded import gather_saves, load_checkpoint
 from onnxport.callbacks.options import (
     AnyTarget,
     read_background,
@@ -45,7 +45,7 @@ from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
-from onnxport.exporter.unsharded import is_spread, whole_module
+from onnxport.exporter.unsharded import gathered, is_spread, whole_module
 from onnxport.report import ExportReport
 from onnxport.tracking.job import jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
@@ -53,7 +53,7 @@ from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from onnxport.callbacks.runner import Runner
     from onnxport.config import CoreName, Precision
@@ -314,10 +314,11 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         end = time.monotonic() + (0.0 if self.background is None else self.background.drain_s)
+        final = self._final_weights(trainer, pl_module)
         if self._sessions:
             with _never_raises("the export at the end of training"):
                 self._drain(trainer, end - time.monotonic())
-                self._export_at_end(trainer, pl_module)
+                self._export_at_end(trainer, final)
                 self._drain(trainer, end - time.monotonic())
             self._mirror_links(trainer)
         self._ended = True
@@ -410,9 +411,7 @@ class OnnxExport(metaclass=FrameworkAware):
         file: Path | None = None,
     ) -> None:
         self._linked = -1
-        module = trainer.lightning_module
-        spread = is_spread(dict(module.named_parameters()))
-        whole = whole_module(module, state) if spread else None
+        whole = _whole(trainer.lightning_module, state)
         for name in self._sessions if only is None else only:
             path = self._model_path(checkpoint, name)
             self._sessions[name].saved(
@@ -432,24 +431,39 @@ class OnnxExport(metaclass=FrameworkAware):
                 with _never_raises("linking models"):
                     mirror_links(trainer, partial(self._model_path, name=name))
 
-    def _export_at_end(self, trainer: Any, pl_module: Any) -> None:
+    def _final_weights(self, trainer: Any, pl_module: Any) -> Callable[[], Mapping[str, Any]]:
+        """Return what gives the weights as they are at the end, whole on rank zero."""
+        if not is_sharded(trainer.strategy):
+            return lambda: dict(pl_module.state_dict())
+        needed = (
+            bool(self._sessions)
+            and self.cadence.at_end
+            and best_checkpoint(trainer) is None
+            and not any(
+                session.reports or session.unfinished for session in self._sessions.values()
+            )
+        )
+        whole: dict[str, Any] = {}
+        if trainer.strategy.broadcast(needed):  # all processes gather, or none does
+            whole = gathered(pl_module.state_dict(), keep=needed)
+        return lambda: whole
+
+    def _export_at_end(self, trainer: Any, final: Callable[[], Mapping[str, Any]]) -> None:
         """Make sure that the best weights have a model."""
         if not self.cadence.at_end:
             return
         if trainer.fast_dev_run:
-            self._dry_run(trainer, pl_module)
+            self._dry_run(trainer, final())
             return
         best = best_checkpoint(trainer)
         if best is None:
             if not any(session.reports for session in self._sessions.values()):
-                self._export_final(trainer, pl_module)
+                self._export_final(trainer, final())
             return
         lacking = [name for name in self._sessions if self._lacks_model(best, name)]
         if not lacking:
             return
-        content = trainer.strategy.checkpoint_io.load_checkpoint(
-            best, map_location="cpu", weights_only=False
-        )
+        content = load_checkpoint(trainer.strategy, best)
         origin = replace(
             origin_of(trainer, best),
             epoch=content.get("epoch"),
@@ -466,25 +480,22 @@ class OnnxExport(metaclass=FrameworkAware):
         failed = any(not report.ok and report.checkpoint == checkpoint for report in reports)
         return not failed and not (proven and path.exists())
 
-    def _export_final(self, trainer: Any, pl_module: Any) -> None:
+    def _export_final(self, trainer: Any, final: Mapping[str, Any]) -> None:
         """Export the weights as they are when training ends: no checkpoint became a model."""
         origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
-        if is_sharded(trainer.strategy):  # gathering them takes all ranks
-            for session in self._sessions.values():
-                session.failed("There is no checkpoint, and the weights are sharded.", origin)
-            return
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        self._save(trainer, pl_module.state_dict(), str(self._folder / name), origin)
+        self._save(trainer, final, str(self._folder / name), origin)
 
-    def _dry_run(self, trainer: Any, pl_module: Any) -> None:
+    def _dry_run(self, trainer: Any, final: Mapping[str, Any]) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
         for session in self._sessions.values():
             with tempfile.TemporaryDirectory(prefix="onnxport-") as folder:
                 session.dry_run(
                     Saved(
-                        state=pl_module.state_dict(),
+                        state=final,
                         path=Path(folder) / "model.onnx",
                         origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
+                        module=_whole(trainer.lightning_module, final),
                     )
                 )
                 limit = 0.0 if self.background is None else self.background.drain_s
@@ -529,6 +540,12 @@ class OnnxExport(metaclass=FrameworkAware):
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
                 raise failure if failure is not None else ExportError(message)
+
+
+def _whole(module: Any, state: Mapping[str, Any]) -> Any:
+    """Return what stands for a module whose weights are spread over processes, else ``None``."""
+    spread = is_spread(dict(module.named_parameters()))
+    return whole_module(module, state) if spread else None
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered, is_spread
 
 if TYPE_CHECKING:
@@ -12,7 +16,10 @@ if TYPE_CHECKING:
     Wants = Callable[[str], bool]
     OnSaved = Callable[[dict[str, Any], str], None]
 
-__all__ = ["GatheringSave", "gather_saves"]
+__all__ = ["GatheringSave", "gather_saves", "load_checkpoint"]
+
+_META = "meta.pt"
+"""Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
 
 
 class GatheringSave:
@@ -62,3 +69,21 @@ def gather_saves(strategy: Any, key: Any, wants: Wants, on_saved: OnSaved) -> No
     if not isinstance(strategy.save_checkpoint, GatheringSave):
         strategy.save_checkpoint = GatheringSave(strategy)
     strategy.save_checkpoint.listeners[key] = (wants, on_saved)
+
+
+def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
+    """Load a checkpoint with whole tensors, in this process alone.
+
+    Args:
+        strategy: Lightning's strategy.
+        path: A file, or a folder with the parts of all processes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        content: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(
+            path, map_location="cpu", weights_only=False
+        )
+        return content
+    # This training has written it, a moment ago.
+    rest = torch.load(folder / _META, map_location="cpu", weights_only=False)
+    return {**rest, "state_dict": read_state_dict(folder)}
