@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from servers import free_port
+from processes import together
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import onnxport
@@ -97,34 +94,12 @@ SCRIPT = """
 
 
 def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
-    script = root / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT))
     defaults = {"data": processes, "tensor": 1, "distributed": True, "norm": True}
     defaults |= {"export": True, "when": "checkpoint", "saves": True}
     chosen = {name: defaults | options for name, options in cases.items()}
     for name in chosen:
         (root / name).mkdir()
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(script), str(root), json.dumps(chosen)]
-    logs = [(root / f"{rank}.log").open("w") for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | meet
-            | {"WORLD_SIZE": str(processes), "NODE_RANK": "0", "LOCAL_RANK": str(rank)},
-            stdout=log,
-            stderr=log,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process, log in zip(ranks, logs, strict=True):
-            process.kill()
-            log.close()
-    assert codes == [0] * processes, (root / "0.log").read_text()[-3000:]
+    together(textwrap.dedent(SCRIPT), root, processes, str(root), json.dumps(chosen))
 
 
 def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:

@@ -376,6 +376,8 @@ class OnnxExport(metaclass=FrameworkAware):
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
             return
+        if "state_dict" not in content:  # weights on their way home from a process of ddp_spawn
+            return
         if self._wants(trainer, path):
             self._on_wanted(trainer, content, path)
 
