@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from onnxport.errors import ExportError
+from onnxport.exporter import unsharded
 from onnxport.exporter.duplicate import NotCopiedError
 from onnxport.exporter.module_state import copy_module
 from onnxport.exporter.skeleton import make_skeleton
@@ -73,3 +75,24 @@ def test_a_sharded_module_becomes_an_ordinary_one() -> None:
     assert torch.equal(twin.eval()(x), plain.eval()(x))
     assert called  # hooks of the user stay
     assert make_skeleton(twin, whole)
+
+
+@pytest.mark.usefixtures("alone")
+def test_where_there_is_no_room_all_processes_still_do_their_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    state, together = module.state_dict(), []
+    put_together = unsharded._put_together
+    monkeypatch.setattr(
+        unsharded, "_put_together", lambda part: together.append(1) or put_together(part)
+    )
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("no room (injected)")
+
+    monkeypatch.setattr(unsharded, "_on_cpu", full)
+    with pytest.raises(ExportError, match="could not be kept: no room"):
+        gathered(state, keep=True)
+    assert len(together) == len(state)

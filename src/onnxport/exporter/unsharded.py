@@ -39,18 +39,29 @@ def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
     Args:
         state: The part of this process.
         keep: Whether this process is the one that wants them; others get an empty mapping.
+
+    Raises:
+        ExportError: If there is no room to keep them; all processes have done their part then.
     """
     whole: dict[str, Any] = {}
+    failure: Exception | None = None
     with torch.no_grad(), torch.inference_mode(False):
         for name, value in state.items():
             tensor = _put_together(value) if _is_part(value) else value
-            if keep:
-                whole[name] = (
-                    tensor.detach().to("cpu", copy=tensor is value)
-                    if isinstance(tensor, torch.Tensor)
-                    else tensor
-                )
+            if not keep or failure is not None:
+                continue
+            try:
+                whole[name] = _on_cpu(tensor, copy=tensor is value)
+            except (RuntimeError, MemoryError) as error:  # the others still wait for this process
+                failure = error
+                whole.clear()
+    if failure is not None:
+        raise ExportError(f"The whole weights could not be kept: {failure}") from failure
     return whole
+
+
+def _on_cpu(value: Any, *, copy: bool) -> Any:
+    return value.detach().to("cpu", copy=copy) if isinstance(value, torch.Tensor) else value
 
 
 def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:

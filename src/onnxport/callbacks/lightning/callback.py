@@ -447,7 +447,8 @@ class OnnxExport(metaclass=FrameworkAware):
         )
         whole: dict[str, Any] = {}
         if trainer.strategy.broadcast(needed):  # all processes gather, or none does
-            whole = gathered(pl_module.state_dict(), keep=needed)
+            with _never_raises("gathering the weights of the end"):
+                whole = gathered(pl_module.state_dict(), keep=needed)
         return lambda: whole
 
     def _export_at_end(self, trainer: Any, final: Callable[[], Mapping[str, Any]]) -> None:

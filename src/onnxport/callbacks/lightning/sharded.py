@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport.errors import ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered, is_spread
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     Wants = Callable[[str], bool]
     OnSaved = Callable[[dict[str, Any], str], None]
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["GatheringSave", "gather_saves", "load_checkpoint"]
 
@@ -51,10 +55,15 @@ class GatheringSave:
         wanting = [
             on_saved for wants, on_saved in tuple(self.listeners.values()) if first and wants(path)
         ]
-        if self.strategy.broadcast(bool(wanting)):  # all processes gather, or none does
+        if not self.strategy.broadcast(bool(wanting)):  # all processes gather, or none does
+            return
+        try:
             whole = gathered(state, keep=first)
-            for on_saved in wanting:
-                on_saved({"state_dict": whole}, path)
+        except ExportError as error:
+            logger.warning("No ONNX model for %s: %s Training goes on.", path, error)
+            return
+        for on_saved in wanting:
+            on_saved({"state_dict": whole}, path)
 
 
 def gather_saves(strategy: Any, key: Any, wants: Wants, on_saved: OnSaved) -> None:
