@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 from onnxport._torch_compat import ReadOnly, export_context, is_compiled_forward
 from onnxport.exporter.duplicate import Duplicator, Unusable
@@ -306,6 +307,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     Raises:
         ValueError: If a tensor of the checkpoint is not in the copy afterwards, bit for bit.
     """
+    _settle_pruning(module, {plain_name(name) for name in state})
     loaded = module.state_dict()
     plain = OrderedDict(_plain_names(state, loaded))
     # Versions, by which modules migrate old checkpoints; one from this run needs no migration.
@@ -332,6 +334,19 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
         "the model holds the live values of these."
     )
     return (text,)
+
+
+def _settle_pruning(module: nn.Module, names: Collection[str]) -> None:
+    """Make pruning permanent on a copy where the checkpoint has it so, as Lightning's does."""
+    for prefix, submodule in module.named_modules():
+        for hook in list(submodule._forward_pre_hooks.values()):  # noqa: SLF001
+            if not isinstance(hook, prune.BasePruningMethod):
+                continue
+            name = str(hook._tensor_name)  # noqa: SLF001 - it has no public name
+            path = plain_name(f"{prefix}.{name}" if prefix else name)
+            if path in names and f"{path}_orig" not in names:
+                with torch.inference_mode(False), torch.no_grad():
+                    prune.remove(submodule, name)  # type: ignore[no-untyped-call]
 
 
 def _plain_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
