@@ -138,8 +138,18 @@ print("proven", [report.ok for callback in found for report in callback.reports]
 """
 
 
-@pytest.mark.parametrize("path", ["onnxport.OnnxExport", "onnxport.callbacks.lightning.OnnxExport"])
-@pytest.mark.parametrize("framework", ["lightning.pytorch", "pytorch_lightning"])
+LONG = "onnxport.callbacks.lightning.OnnxExport"
+
+
+@pytest.mark.parametrize(
+    ("framework", "path"),
+    [
+        ("lightning.pytorch", "onnxport.OnnxExport"),
+        ("pytorch_lightning", LONG),
+        pytest.param("lightning.pytorch", LONG, marks=pytest.mark.exhaustive),
+        pytest.param("pytorch_lightning", "onnxport.OnnxExport", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_command_line_takes_the_callback_by_its_path(
     framework: str, path: str, tmp_path: Path
 ) -> None:
