@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from onnxport.callbacks.lightning.sharded import gather_saves
 from onnxport.errors import ExportError
 from onnxport.exporter import unsharded
 from onnxport.exporter.duplicate import NotCopiedError
@@ -96,3 +97,24 @@ def test_where_there_is_no_room_all_processes_still_do_their_part(
     with pytest.raises(ExportError, match="could not be kept: no room"):
         gathered(state, keep=True)
     assert len(together) == len(state)
+
+
+def test_parts_that_nobody_knows_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    class Strategy:
+        global_rank = 0
+
+        def save_checkpoint(self, checkpoint: dict[str, object], path: Path) -> None:
+            path.mkdir()
+
+    strategy, said = Strategy(), []
+    gather_saves(
+        strategy,
+        "me",
+        lambda _: True,
+        lambda *_: pytest.fail("there is nothing whole"),
+        lambda reason, path: said.append((reason, path)),
+    )
+    strategy.save_checkpoint({"state_dict": {}}, tmp_path / "parts.ckpt")
+    ((reason, path),) = said
+    assert "parts that cannot be put together" in reason
+    assert path == str(tmp_path / "parts.ckpt")

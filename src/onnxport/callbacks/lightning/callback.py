@@ -227,6 +227,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 id(self),
                 lambda path: bool(self._sessions) and self._wants(trainer, path),
                 lambda content, path: self._on_wanted(trainer, content, path),
+                lambda reason, path: self._on_refused(trainer, reason, path),
             )
         if not trainer.is_global_zero:
             return
@@ -389,6 +390,11 @@ class OnnxExport(metaclass=FrameworkAware):
                 end = time.monotonic() + self.background.drain_s
                 self._drain(trainer, self.background.drain_s)
                 self._finish_tracking(end - time.monotonic())
+
+    def _on_refused(self, trainer: Any, reason: str, path: str) -> None:
+        with _never_raises(f"refusing {path}"):
+            for session in self._sessions.values():
+                session.failed(reason, origin_of(trainer, path, self._measured))
 
     def _wants(self, trainer: Any, path: str) -> bool:
         wanted = True

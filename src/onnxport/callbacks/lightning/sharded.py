@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,15 @@ if TYPE_CHECKING:
 
     Wants = Callable[[str], bool]
     OnSaved = Callable[[dict[str, Any], str], None]
-
-logger = logging.getLogger(__name__)
+    OnRefused = Callable[[str, str], None]
 
 __all__ = ["GatheringSave", "gather_saves", "load_checkpoint"]
 
+_UNKNOWN_PARTS = (
+    "The strategy has written its weights in parts that cannot be put together here. Save full "
+    "checkpoints (FSDPStrategy(state_dict_type='full')), or make one file of it and call "
+    "onnxport.export."
+)
 _META = "meta.pt"
 """Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
 
@@ -40,7 +43,7 @@ class GatheringSave:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.save = strategy.save_checkpoint
-        self.listeners: dict[Any, tuple[Wants, OnSaved]] = {}
+        self.listeners: dict[Any, tuple[Wants, OnSaved, OnRefused]] = {}
 
     def __call__(self, checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save, gather, report."""
@@ -48,25 +51,34 @@ class GatheringSave:
         result = self.save(checkpoint, filepath, *args, **kwargs)
         if is_spread(state):
             self._report(state, str(filepath))
+        elif Path(filepath).is_dir() and self.strategy.global_rank == 0:
+            for wants, _, on_refused in tuple(self.listeners.values()):
+                if wants(str(filepath)):
+                    on_refused(_UNKNOWN_PARTS, str(filepath))
         return result
 
     def _report(self, state: dict[str, Any], path: str) -> None:
         first = self.strategy.global_rank == 0
         wanting = [
-            on_saved for wants, on_saved in tuple(self.listeners.values()) if first and wants(path)
+            (on_saved, on_refused)
+            for wants, on_saved, on_refused in tuple(self.listeners.values())
+            if first and wants(path)
         ]
         if not self.strategy.broadcast(bool(wanting)):  # all processes gather, or none does
             return
         try:
             whole = gathered(state, keep=first)
         except ExportError as error:
-            logger.warning("No ONNX model for %s: %s Training goes on.", path, error)
+            for _, on_refused in wanting:
+                on_refused(str(error), path)
             return
-        for on_saved in wanting:
+        for on_saved, _ in wanting:
             on_saved({"state_dict": whole}, path)
 
 
-def gather_saves(strategy: Any, key: Any, wants: Wants, on_saved: OnSaved) -> None:
+def gather_saves(
+    strategy: Any, key: Any, wants: Wants, on_saved: OnSaved, on_refused: OnRefused
+) -> None:
     """Report saves of parts to somebody from now on; to be called in all processes.
 
     Args:
@@ -74,10 +86,12 @@ def gather_saves(strategy: Any, key: Any, wants: Wants, on_saved: OnSaved) -> No
         key: Who listens; who listens again takes the place of their earlier self.
         wants: Asked on rank zero with the path of a checkpoint that was written. Must not raise.
         on_saved: Called on rank zero with whole tensors and the path. Must not raise.
+        on_refused: Called on rank zero with the reason and the path where there are no whole
+            tensors. Must not raise.
     """
     if not isinstance(strategy.save_checkpoint, GatheringSave):
         strategy.save_checkpoint = GatheringSave(strategy)
-    strategy.save_checkpoint.listeners[key] = (wants, on_saved)
+    strategy.save_checkpoint.listeners[key] = (wants, on_saved, on_refused)
 
 
 def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
