@@ -68,3 +68,25 @@ def test_each_precision_runs_and_says_what_it_is(precision: str, core: str, tmp_
     np.testing.assert_allclose(made.astype("float64"), wanted, rtol=limit, atol=limit)
     said = any("bfloat16" in warning for warning in report.warnings)
     assert said == (precision == "bf16-true")
+
+
+def test_weights_that_compute_no_number_are_said(tmp_path: Path) -> None:
+    class Broken(Plain):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                with torch.no_grad():
+                    self.net[1].weight.fill_(float("nan"))
+
+    callback = OnnxExport(core="trace", background=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    saves = zoo.checkpoints(tmp_path, save_top_k=-1)
+    trainer = zoo.trainer(tmp_path, saves, callback, epochs=3)
+    trainer.fit(Broken(net), zoo.loader())
+    assert [report.ok for report in callback.reports] == [True] * 3
+    said = [
+        any("NaN or infinite" in text for text in report.warnings) for report in callback.reports
+    ]
+    assert said == [False, False, True]
+    path = tmp_path / "broken.onnx"
+    report = onnxport.export(net, torch.randn(3, 1, 8, 8), path, core="trace")
+    assert any("NaN or infinite" in warning for warning in report.warnings)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from onnxport.pipeline.plan import Plan
     from onnxport.signature import ModelSignature
 
-__all__ = ["REAL", "Case", "Proof", "check_case"]
+__all__ = ["NO_NUMBER", "REAL", "Case", "Proof", "check_case", "has_no_number"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,12 @@ class _Run:
     seconds: float
 
 
+NO_NUMBER = (
+    "All that PyTorch computes with these weights is NaN or infinite. The model does the same, and "
+    "nothing more could be compared."
+)
+
+
 class Proof:
     """Runs PyTorch once per case, then judges any number of models.
 
@@ -92,7 +98,7 @@ class Proof:
 
     Attributes:
         cases: The runs to compare.
-        warnings: Sizes that PyTorch itself refuses.
+        warnings: Sizes that PyTorch itself refuses; that it computes no number.
         noise: PyTorch's own relative error in each output, on real rows.
 
     Raises:
@@ -161,6 +167,8 @@ class Proof:
         if not any(rows == REAL for rows, _, _ in kept):
             raise ExportError("PyTorch itself does not run at any of the sizes of the proof.")
         real = [place for place, case in enumerate(kept) if case[0] == REAL]
+        if all(has_no_number(kept[place][2]) for place in real):
+            self.warnings.append(NO_NUMBER)
         # Real rows first, and of these the quickest: what rounding costs is seen on few rows, too,
         # but not in a number or two, which may be exact by luck.
         sizes = [sum(out.numel() for out in case[2]) for case in kept]
@@ -358,6 +366,12 @@ def _check(
         outputs=compared,
         ok=all(output.ok for output in compared),
     )
+
+
+def has_no_number(outputs: Sequence[torch.Tensor]) -> bool:
+    """Tell whether all floating-point values of a run are NaN or infinite."""
+    floats = [tensor for tensor in outputs if tensor.is_floating_point() and tensor.numel()]
+    return bool(floats) and not any(bool(tensor.isfinite().any()) for tensor in floats)
 
 
 def _all_finite(outputs: Tensors) -> bool:

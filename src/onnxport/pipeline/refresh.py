@@ -19,7 +19,7 @@ from onnxport.pipeline.blueprint import plain_state
 from onnxport.pipeline.changes import what_counts
 from onnxport.pipeline.job import ModuleMissingError
 from onnxport.pipeline.plan import target_of
-from onnxport.pipeline.proof import REAL, Case, Proof, check_case
+from onnxport.pipeline.proof import NO_NUMBER, REAL, Case, Proof, check_case, has_no_number
 from onnxport.pipeline.runs import run_flat
 from onnxport.tree import flatten, same_structure
 from onnxport.validation.budget import pinned_reference
@@ -118,6 +118,12 @@ def refresh(
     return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings)
 
 
+def _doubts(job: ExportJob) -> tuple[str, ...]:
+    """Return what a comparison with the live module does not say."""
+    numberless = job.reference is not None and has_no_number(job.reference.outputs)
+    return (NO_NUMBER,) if numberless else ()
+
+
 def _prove(
     blueprint: Blueprint, job: ExportJob, staged: Path
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
@@ -130,7 +136,7 @@ def _prove(
     live, wrong = tuple(_live_cases(blueprint, job)), ""
     if live:
         try:
-            return _judge(blueprint, job, staged, live), ()
+            return _judge(blueprint, job, staged, live), _doubts(job)
         except VerificationError as error:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
             wrong = str(error)
