@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from onnxport.callbacks.lightning.place import runs_alone
 from onnxport.callbacks.lightning.sharded import gather_saves
 from onnxport.errors import ExportError
 from onnxport.exporter import unsharded
@@ -118,3 +119,22 @@ def test_parts_that_nobody_knows_are_refused_in_a_sentence(tmp_path: Path) -> No
     ((reason, path),) = said
     assert "parts that cannot be put together" in reason
     assert path == str(tmp_path / "parts.ckpt")
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for torch's, which needs an accelerator (torch 2.13)."""
+
+
+class FSDPStrategy:
+    """Stands for Lightning's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+def test_what_no_process_can_run_by_itself_is_known() -> None:
+    plain, taken = nn.Linear(2, 2), nn.Linear(2, 2)
+    taken.weight.ds_id = 1
+    models = {"plain": plain, "taken": taken, "wrapped": nn.Sequential(FullyShardedDataParallel())}
+    alone = {name: runs_alone(FSDPStrategy(model)) for name, model in models.items()}
+    assert alone == {"plain": True, "taken": False, "wrapped": False}

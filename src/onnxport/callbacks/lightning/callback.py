@@ -29,7 +29,7 @@ from onnxport.callbacks.lightning.facts import (
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
-from onnxport.callbacks.lightning.place import is_sharded, place_among
+from onnxport.callbacks.lightning.place import NOT_ALONE, is_sharded, place_among, runs_alone
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.lightning.sharded import gather_saves, load_checkpoint
 from onnxport.callbacks.options import (
@@ -419,8 +419,13 @@ class OnnxExport(metaclass=FrameworkAware):
         file: Path | None = None,
     ) -> None:
         self._linked = -1
+        names = list(self._sessions if only is None else only)
+        if not runs_alone(trainer.strategy):  # a run of rank zero would wait for ever
+            for name in names:
+                self._sessions[name].failed(NOT_ALONE, origin)
+            return
         whole = _whole(trainer.lightning_module, state)
-        for name in self._sessions if only is None else only:
+        for name in names:
             path = self._model_path(checkpoint, name)
             self._sessions[name].saved(
                 Saved(state=state, path=path, origin=origin, file=file, module=whole)
@@ -462,7 +467,8 @@ class OnnxExport(metaclass=FrameworkAware):
         if not self.cadence.at_end:
             return
         if trainer.fast_dev_run:
-            self._dry_run(trainer, final())
+            if runs_alone(trainer.strategy):
+                self._dry_run(trainer, final())
             return
         best = best_checkpoint(trainer)
         if best is None:

@@ -9,9 +9,14 @@ from onnxport.exporter.target import target_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["is_sharded", "place_among"]
+__all__ = ["NOT_ALONE", "is_sharded", "place_among", "runs_alone"]
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+NOT_ALONE = (
+    "FSDP1 and DeepSpeed's stage 3 keep the weights in a form that no process can run by itself. "
+    "Train with ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the "
+    "checkpoint's weights after training."
+)
 
 
 def place_among(
@@ -49,3 +54,16 @@ def _names(callback: Any) -> set[str]:
 def is_sharded(strategy: Any) -> bool:
     """Tell whether each rank holds a part of the weights only."""
     return any(word in kind.__name__ for kind in type(strategy).__mro__ for word in _SHARDED)
+
+
+def runs_alone(strategy: Any) -> bool:
+    """Tell whether one process can run the module, or a copy of it with whole tensors.
+
+    FSDP1 puts wrappers around modules whose ``forward`` asks all processes for the weights, and
+    DeepSpeed's stage 3 marks parameters that it has taken away.
+    """
+    model = strategy.model
+    if not is_sharded(strategy) or model is None:
+        return True
+    wrapped = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
+    return not wrapped and not any(hasattr(tensor, "ds_id") for tensor in model.parameters())
