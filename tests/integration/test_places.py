@@ -170,13 +170,3 @@ def test_where_no_checkpoint_became_a_model_the_final_weights_do(
     image = torch.randn(5, 1, 8, 8)
     given = onnxruntime.InferenceSession(report.path).run(None, {"image": image.numpy()})
     torch.testing.assert_close(torch.as_tensor(given[0]), module.eval()(image).detach())
-
-
-def test_sharded_weights_are_not_gathered_by_one_rank_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("onnxport.callbacks.lightning.callback.is_sharded", lambda _: True)
-    export = OnnxExport(core="trace")
-    fit(tmp_path, export, enable_checkpointing=False)
-    (report,) = export.reports
-    assert "the weights are sharded" in report.error
