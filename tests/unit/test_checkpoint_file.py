@@ -5,15 +5,19 @@ from __future__ import annotations
 import collections
 import enum
 import os
+import pickle
+import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 
 from onnxport import ExportError
-from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.checkpoint_file import is_checkpoint, read_state_dict
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,3 +102,40 @@ def test_half_of_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_state_dict(tmp_path / "none.ckpt")
+
+
+def saved_together(folder: Path, content: dict[str, Any]) -> Path:
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint.save(content, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def test_a_folder_that_processes_have_written_gives_its_weights(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    folder = saved_together(
+        tmp_path / "some.ckpt",
+        {"state_dict": net.state_dict(), "optimizer_0": {"step": torch.ones(())}, "epoch": 3},
+    )
+    assert is_checkpoint(folder)
+    assert not is_checkpoint(tmp_path)
+    state = read_state_dict(folder)
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+
+
+def test_nothing_in_a_folder_is_executed(tmp_path: Path) -> None:
+    folder = saved_together(tmp_path / "some.ckpt", {"state_dict": {"w": torch.ones(3)}})
+    metadata = checkpoint.FileSystemReader(folder).read_metadata()
+    metadata.planner_data = Evil(tmp_path / "evil")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with suppress(ExportError):
+        read_state_dict(folder)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    folder = saved_together(tmp_path / "some.ckpt", {"state_dict": {"w": torch.ones(3)}})
+    for file in folder.glob("*.distcp"):
+        file.unlink()
+    with pytest.raises(ExportError, match=r"The weights in .*some\.ckpt cannot be read"):
+        read_state_dict(folder)

@@ -845,3 +845,31 @@ def test_entries_that_are_no_tensors_are_passed_over() -> None:
 
 def _pairs(a: nn.Module, b: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class OwnNames(nn.Module):
+    """Has attributes named like torch's lists of hooks, and one of a class of no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        self.late_hooks = [torch.relu]
+        self.named_hooks = {"twice": _twice}
+        self.made = type("Made", (), {"__module__": None})()
+        self.register_forward_hook(_twice)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.late_hooks[0](self.net(x))
+        return x if self.named_hooks["twice"] is _twice else x + 1
+
+
+def _twice(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def test_attributes_of_the_user_that_are_named_like_hooks_stay() -> None:
+    module, x = OwnNames(), torch.randn(4, 3)
+    copied = copy_module(module, without=[_twice])
+    assert torch.equal(copied(x) * 2, module(x))
+    result = run_borrowed(module, module.state_dict(), (x,), {}, without=[_twice])
+    assert torch.equal(result, copied(x))

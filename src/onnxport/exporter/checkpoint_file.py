@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint's file without reading the file and without trusting it.
+"""Read the tensors of a checkpoint without reading the file and without trusting it.
 
 The file is mapped: bytes come into memory when they are used. Nothing in it is executed: what is no
 tensor (hyperparameters, a datamodule's state, objects of the user's own classes) becomes an object
@@ -12,6 +12,7 @@ import mmap
 import pickle
 import sys
 import types
+import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,20 @@ __all__ = ["is_checkpoint", "read_state_dict"]
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
 
+_DESCRIPTIONS = frozenset(
+    {
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+                *("StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+    }
+)
 _METADATA = ".metadata"
 """What ``torch.distributed.checkpoint`` writes last into a folder."""
 _REBUILDERS = frozenset(
@@ -74,12 +89,16 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
-    """Read what processes have written together."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    """Read what processes have written together.
+
+    Raises:
+        OSError: If a part cannot be read.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(path)
+    reader = _folder_reader(path)
     metadata = reader.read_metadata()
     places = metadata.planner_data or {}
     wanted: dict[str, torch.Tensor] = {}
@@ -89,8 +108,27 @@ def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
             inner = ".".join(map(str, rest)) if key else name
             wanted[inner] = torch.empty(found.size, dtype=found.properties.dtype)
     # The others of the group, if there is one, do not take part.
-    load({key: wanted} if key else wanted, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant
+        try:
+            load({key: wanted} if key else wanted, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # no Exception: it would end training
+            reasons = [str(failure[0]) for failure in error.failures.values()]
+            raise OSError("; ".join(reasons)) from error
     return wanted
+
+
+def _folder_reader(path: Path) -> Any:
+    """Return torch's reader of such a folder, which would execute what its description says."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    class Reader(FileSystemReader):
+        @override
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            with (path / _METADATA).open("rb") as file:
+                return _DescriptionUnpickler(file).load()
+
+    return Reader(path)
 
 
 def _populate(tensor: torch.Tensor) -> None:
@@ -148,6 +186,16 @@ class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - finds nothing that coul
             if storage or isinstance(value, torch.dtype) or name in {"Size", "device"}:
                 return value
         return _Inert
+
+
+class _DescriptionUnpickler(_InertUnpickler):
+    """Finds also what ``torch.distributed.checkpoint`` describes tensors with."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _DESCRIPTIONS:
+            return getattr(sys.modules[module], name)
+        return super().find_class(module, name)
 
 
 def _load(file: Any, **options: Any) -> Any:

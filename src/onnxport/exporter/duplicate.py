@@ -173,7 +173,7 @@ def _binds_processes(value: Any) -> bool:
     One process that used one would wait for the others for ever; and a copy of a group made by
     ``copy.copy`` ends Python when it is looked at (torch 2.13).
     """
-    of_them = type(value).__module__.startswith(_OF_PROCESSES)
+    of_them = str(type(value).__module__).startswith(_OF_PROCESSES)
     return of_them and not isinstance(value, torch.Tensor | nn.Module)
 
 

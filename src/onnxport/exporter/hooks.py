@@ -24,6 +24,10 @@ OBSERVES = "_onnxport_observes"
 """Marks the hooks of observers."""
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks")
+_OTHER_KINDS = (
+    *("_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 HOOK_MARKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
@@ -50,24 +54,18 @@ def is_observer(value: object) -> bool:
     return getattr(value, OBSERVES, None) is True
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _hooks(module: nn.Module, kinds: tuple[str, ...] = _KINDS) -> list[Any]:
     return [
         hook
         for submodule in module.modules()
-        for kind in _KINDS
+        for kind in kinds
         for hook in vars(submodule).get(kind, {}).values()
     ]
 
 
 def hooks_of_any_kind(module: nn.Module) -> list[Any]:
     """Return all hooks: of forward, backward, and of saving and loading a ``state_dict``."""
-    return [
-        hook
-        for submodule in module.modules()
-        for kind, registry in vars(submodule).items()
-        if kind.endswith("_hooks") and isinstance(registry, dict)
-        for hook in registry.values()
-    ]
+    return _hooks(module, (*_KINDS, *_OTHER_KINDS))
 
 
 def drop_hooks(module: nn.Module, hooks: Collection[Any]) -> None:
@@ -75,8 +73,8 @@ def drop_hooks(module: nn.Module, hooks: Collection[Any]) -> None:
     unwanted = {id(hook) for hook in hooks}
     for submodule in module.modules() if unwanted else ():
         attributes = vars(submodule)
-        for kind in [name for name in attributes if name.endswith("_hooks")]:
-            registry = attributes[kind] or {}
+        for kind in (*_KINDS, *_OTHER_KINDS):
+            registry = attributes.get(kind, {})
             for key in [key for key, hook in registry.items() if id(hook) in unwanted]:
                 for each in (kind, *HOOK_MARKS):
                     attributes.get(each, {}).pop(key, None)
