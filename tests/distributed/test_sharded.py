@@ -63,6 +63,14 @@ SCRIPT = """
             losses.append(loss.item())
             return loss
 
+        def on_save_checkpoint(self, checkpoint):
+            for name in options["without"]:
+                del checkpoint["state_dict"][name]
+
+        def on_train_end(self):
+            # As the tuner does, for itself.
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir, ".lr_find_x.ckpt"))
+
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 0.01)
 
@@ -95,7 +103,7 @@ SCRIPT = """
 
 def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
     defaults = {"data": processes, "tensor": 1, "distributed": True, "norm": True}
-    defaults |= {"export": True, "when": "checkpoint", "saves": True}
+    defaults |= {"export": True, "when": "checkpoint", "saves": True, "without": []}
     chosen = {name: defaults | options for name, options in cases.items()}
     for name in chosen:
         (root / name).mkdir()
@@ -131,7 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, with the callback and without, trained by two processes."""
     root = tmp_path_factory.mktemp("sharded")
     plain = {f"{name}, plain": case | {"export": False} for name, case in CASES.items()}
-    run(root, 2, CASES | plain | AT_END)
+    run(root, 2, CASES | plain | AT_END | {"lacking": {"without": ["first.weight"]}})
     return root
 
 
@@ -155,6 +163,16 @@ def test_the_weights_of_the_end_are_whole(case: str, trained: Path, tmp_path: Pa
         assert report["epoch"] is not None
 
 
+def test_a_checkpoint_without_a_tensor_that_is_spread_has_no_model_and_says_so(
+    trained: Path,
+) -> None:
+    first, _ = said_by(trained / "lacking", 2)
+    assert first["losses"] == said_by(trained / "fsdp, distributed, plain", 2)[0]["losses"]
+    assert first["reports"]
+    for report in first["reports"]:
+        assert "does not hold 'first.weight'" in report["error"]
+
+
 @pytest.mark.exhaustive
 def test_sharded_in_two_ways(tmp_path: Path) -> None:
     both = {"data": 2, "tensor": 2, "norm": False}
@@ -173,6 +191,7 @@ def assert_whole(root: Path, plain: Path, processes: int, folder: Path) -> None:
     models = {path.stem: path for path in (root / "c").glob("*.onnx")}
     assert set(models) == set(checkpoints)
     assert "last" in models
+    assert not list(root.glob("*.onnx"))  # what the tuner saves is no checkpoint
     for stem, model in models.items():
         state = state_of(checkpoints[stem], folder)
         assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)

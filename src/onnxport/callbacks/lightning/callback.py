@@ -29,9 +29,9 @@ from onnxport.callbacks.lightning.facts import (
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
-from onnxport.callbacks.lightning.place import NOT_ALONE, is_sharded, place_among, runs_alone
+from onnxport.callbacks.lightning.place import is_sharded, place_among, runs_alone
 from onnxport.callbacks.lightning.rehearsal import rehearsal
-from onnxport.callbacks.lightning.sharded import gather_saves, load_checkpoint
+from onnxport.callbacks.lightning.sharded import gather_saves, load_checkpoint, stand_in
 from onnxport.callbacks.options import (
     AnyTarget,
     read_background,
@@ -45,7 +45,7 @@ from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
-from onnxport.exporter.unsharded import gathered, is_spread, whole_module
+from onnxport.exporter.unsharded import gathered
 from onnxport.report import ExportReport
 from onnxport.tracking.job import jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
@@ -225,7 +225,7 @@ class OnnxExport(metaclass=FrameworkAware):
             gather_saves(
                 trainer.strategy,
                 id(self),
-                lambda path: bool(self._sessions) and self._wants(trainer, path),
+                lambda path: self._wants(trainer, path),
                 lambda content, path: self._on_wanted(trainer, content, path),
                 lambda reason, path: self._on_refused(trainer, reason, path),
             )
@@ -375,11 +375,8 @@ class OnnxExport(metaclass=FrameworkAware):
     # --- checkpoints ------------------------------------------------------------------------
 
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
-        if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
-            return
-        if "state_dict" not in content:  # weights on their way home from a process of ddp_spawn
-            return
-        if self._wants(trainer, path):
+        # Without it, weights are on their way home from a process of ddp_spawn.
+        if "state_dict" in content and self._wants(trainer, path):
             self._on_wanted(trainer, content, path)
 
     def _on_wanted(self, trainer: Any, content: dict[str, Any], path: str) -> None:
@@ -393,10 +390,15 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _on_refused(self, trainer: Any, reason: str, path: str) -> None:
         with _never_raises(f"refusing {path}"):
-            for session in self._sessions.values():
-                session.failed(reason, origin_of(trainer, path, self._measured))
+            self._refuse(reason, origin_of(trainer, path, self._measured), self._sessions)
+
+    def _refuse(self, reason: str, origin: Provenance, names: Iterable[str]) -> None:
+        for name in names:
+            self._sessions[name].failed(reason, origin)
 
     def _wants(self, trainer: Any, path: str) -> bool:
+        if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
+            return False
         wanted = True
         with _never_raises(f"should_export of {path}; it is exported"):
             wanted = self.should_export(trainer, path)
@@ -420,11 +422,12 @@ class OnnxExport(metaclass=FrameworkAware):
     ) -> None:
         self._linked = -1
         names = list(self._sessions if only is None else only)
-        if not runs_alone(trainer.strategy):  # a run of rank zero would wait for ever
-            for name in names:
-                self._sessions[name].failed(NOT_ALONE, origin)
+        try:
+            whole = stand_in(trainer, state)
+        except Exception as error:  # attributes of the user's modules are copied
+            logger.debug("What is spread over processes could not be copied", exc_info=True)
+            self._refuse(str(error), origin, names)
             return
-        whole = _whole(trainer.lightning_module, state)
         for name in names:
             path = self._model_path(checkpoint, name)
             self._sessions[name].saved(
@@ -451,6 +454,7 @@ class OnnxExport(metaclass=FrameworkAware):
         needed = (
             bool(self._sessions)
             and self.cadence.at_end
+            and runs_alone(trainer.strategy)
             and best_checkpoint(trainer) is None
             and not any(
                 session.reports or session.unfinished for session in self._sessions.values()
@@ -467,8 +471,7 @@ class OnnxExport(metaclass=FrameworkAware):
         if not self.cadence.at_end:
             return
         if trainer.fast_dev_run:
-            if runs_alone(trainer.strategy):
-                self._dry_run(trainer, final())
+            self._dry_run(trainer, final())
             return
         best = best_checkpoint(trainer)
         if best is None:
@@ -510,7 +513,7 @@ class OnnxExport(metaclass=FrameworkAware):
                         state=final,
                         path=Path(folder) / "model.onnx",
                         origin=replace(origin_of(trainer, "", self._measured), checkpoint=None),
-                        module=_whole(trainer.lightning_module, final),
+                        module=stand_in(trainer, final),
                     )
                 )
                 limit = 0.0 if self.background is None else self.background.drain_s
@@ -555,12 +558,6 @@ class OnnxExport(metaclass=FrameworkAware):
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
                 raise failure if failure is not None else ExportError(message)
-
-
-def _whole(module: Any, state: Mapping[str, Any]) -> Any:
-    """Return what stands for a module whose weights are spread over processes, else ``None``."""
-    spread = is_spread(dict(module.named_parameters()))
-    return whole_module(module, state) if spread else None
 
 
 @contextmanager

@@ -9,14 +9,9 @@ from onnxport.exporter.target import target_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NOT_ALONE", "is_sharded", "place_among", "runs_alone"]
+__all__ = ["is_sharded", "place_among", "runs_alone"]
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
-NOT_ALONE = (
-    "FSDP1 and DeepSpeed's stage 3 keep the weights in a form that no process can run by itself. "
-    "Train with ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the "
-    "checkpoint's weights after training."
-)
 
 
 def place_among(

@@ -7,23 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport.callbacks.lightning.place import runs_alone
 from onnxport.errors import ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
-from onnxport.exporter.unsharded import gathered, is_spread
+from onnxport.exporter.unsharded import gathered, is_spread, whole_module
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
 
     Wants = Callable[[str], bool]
     OnSaved = Callable[[dict[str, Any], str], None]
     OnRefused = Callable[[str, str], None]
 
-__all__ = ["GatheringSave", "gather_saves", "load_checkpoint"]
+__all__ = ["GatheringSave", "gather_saves", "load_checkpoint", "stand_in"]
 
 _UNKNOWN_PARTS = (
     "The strategy has written its weights in parts that cannot be put together here. Save full "
     "checkpoints (FSDPStrategy(state_dict_type='full')), or make one file of it and call "
     "onnxport.export."
+)
+_NOT_ALONE = (
+    "FSDP1 and DeepSpeed's stage 3 keep the weights in a form that no process can run by itself. "
+    "Train with ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the "
+    "checkpoint's weights after training."
 )
 _META = "meta.pt"
 """Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
@@ -110,3 +118,20 @@ def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
     # This training has written it, a moment ago.
     rest = torch.load(folder / _META, map_location="cpu", weights_only=False)
     return {**rest, "state_dict": read_state_dict(folder)}
+
+
+def stand_in(trainer: Any, state: Mapping[str, Any]) -> nn.Module | None:
+    """Return what stands for a module that takes all processes to run; ``None``: it runs alone.
+
+    Args:
+        trainer: Lightning's trainer.
+        state: Whole tensors.
+
+    Raises:
+        ExportError: If a run of one process would wait for the others for ever.
+        Exception: Whatever copying the user's attributes raises.
+    """
+    if not runs_alone(trainer.strategy):
+        raise ExportError(_NOT_ALONE)
+    module = trainer.lightning_module
+    return whole_module(module, state) if is_spread(dict(module.named_parameters())) else None
