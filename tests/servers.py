@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -77,19 +78,43 @@ def mlflow_server(store: str, folder: Path, *options: str, **env: str) -> Iterat
     command += ["--artifacts-destination", str(folder / "artifacts"), *options]
     # Seven more processes for jobs that nobody gives it.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | env
-    log = folder / "server.log"
+    with running(command, f"http://127.0.0.1:{port}", "health", folder / "server.log", environment):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running(
+    command: list[str], uri: str, ready: str, log: Path, environment: dict[str, str]
+) -> Iterator[None]:
+    """Run a server for the block, once it answers; all its processes end with it.
+
+    Args:
+        command: What starts it.
+        uri: Where it answers.
+        ready: The path that is asked.
+        log: Where its output goes.
+        environment: Its variables.
+    """
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            uri = f"http://127.0.0.1:{port}"
-            wait_for(f"{uri}/health", process, log)
-            yield uri
+            wait_for(f"{uri}/{ready}", process, log)
+            yield
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=30)
+
+
+def ask(uri: str, body: Any) -> Any:
+    """Ask a served model; return its predictions."""
+    request = urllib.request.Request(
+        f"{uri}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["predictions"]
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -9,19 +9,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from registered import register
-from servers import wait_for
+from servers import ask, running
 from torch import nn
 
 if TYPE_CHECKING:
@@ -112,33 +109,6 @@ def said(command: list[str], environment: dict[str, str]) -> str:
     return run.stdout
 
 
-def answer_of(command: list[str], environment: dict[str, str], folder: Path, body: object) -> Any:
-    """Start the server, and ask it once."""
-    log = folder / "container.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            wait_for(f"{SERVER}/ping", process, log)
-            request = urllib.request.Request(
-                f"{SERVER}/invocations",
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)["predictions"]
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
-
-
 def test_the_steps_of_the_dockerfile_make_a_server_that_answers_as_pytorch_does(
     root: Path, store: str
 ) -> None:
@@ -150,7 +120,8 @@ def test_the_steps_of_the_dockerfile_make_a_server_that_answers_as_pytorch_does(
     installed = said(["python", "-m", "pip", "list"], environment)
     assert re.search(r"^onnxruntime ", installed, flags=re.MULTILINE)
     assert not re.search(r"^(torch|onnxport|lightning) ", installed, flags=re.MULTILINE)
-    found = answer_of(entry, environment, root, {"inputs": {"input": rows.tolist()}})
+    with running(entry, SERVER, "ping", root / "container.log", environment):
+        found = ask(SERVER, {"inputs": {"input": rows.tolist()}})
     with torch.no_grad():
         expected = module(rows).numpy()
     np.testing.assert_allclose(np.array(found["output"]), expected, rtol=1e-4, atol=1e-5)

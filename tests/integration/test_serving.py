@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from servers import free_port, wait_for
+from servers import ask, free_port, running
 from torch import nn
 
 import onnxport
@@ -174,26 +171,9 @@ def served(champion: Champion, folder: Path) -> Iterator[str]:
     # MLflow starts the server by its bare name.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"MLFLOW_TRACKING_URI": champion.store, "PATH": path}
-    log = folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/ping", process, log)
-            yield f"http://127.0.0.1:{port}/invocations"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
-
-
-def ask(url: str, body: Any) -> Any:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["predictions"]
+    uri = f"http://127.0.0.1:{port}"
+    with running(command, uri, "ping", folder / "serve.log", environment):
+        yield uri
 
 
 def lists(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -76,19 +76,19 @@ def register(
     registry = Registry(client, name, options.alias)
     view = registry.look()
     version = registry.version_of(tags[KEY], view)
-    same = version or _of_same_weights(tags[KEY], view)
-    if same is None:
+    twin = _of_same_weights(tags[KEY], view) if version is None else None
+    if version is None and twin is None:
         if options.policy == "best" and not registry.leads(logged, tags, view):
             return replace(record, registered_name=name)
-        same, view = registry.add(logged, tags, view, options.min_delta)
-        version = same
-    if version is not None:
+        version, view = registry.add(logged, tags, view, options.min_delta)
+    if version is not None:  # what a twin was made of is another logged model
         link_version(client, logged, name, version)
-    holds_alias = registry.settle(options.min_delta, view) == same
+    stands_for = version or twin
+    holds_alias = registry.settle(options.min_delta, view) == stands_for
     return replace(
         record,
         registered_name=name,
-        version=same,
+        version=stands_for,
         alias=options.alias if holds_alias else None,
     )
 
