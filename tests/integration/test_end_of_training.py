@@ -112,6 +112,30 @@ def test_a_resumed_run_goes_on_and_mirrors_what_it_removes(tmp_path: Path) -> No
     assert "epoch=1" not in stems
 
 
+def test_a_run_resumed_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path) -> None:
+    def fit(root: Path, epochs: int, **options: Any) -> OnnxExport:
+        saves = zoo.checkpoints(
+            root, save_top_k=1, save_last=True, monitor="val_loss", filename="{epoch}"
+        )
+        export = OnnxExport(core="trace")
+        trainer = zoo.trainer(root, saves, export, epochs=epochs)
+        module = zoo.Classifier(zoo.cnn())
+        trainer.fit(module, zoo.loader(), zoo.loader(shuffle=False), **options)
+        return export
+
+    fit(tmp_path / "first", 2)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")}
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        export = fit(tmp_path / "second", 4, ckpt_path=tmp_path / "first/checkpoints/last.ckpt")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")} == first
+    assert all(report.ok for report in export.reports)
+    models = names(tmp_path / "second")
+    assert models == [
+        name.replace(".ckpt", ".onnx") for name in names(tmp_path / "second", ".ckpt")
+    ]
+    assert "last.onnx" in models
+
+
 def test_one_callback_serves_two_fits(tmp_path: Path) -> None:
     export = OnnxExport(core="trace")
     module = zoo.Classifier(zoo.cnn())

@@ -34,7 +34,7 @@ class KeptReports:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.reports: list[ExportReport] = []
         self._say = say
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may save while it is held
         self._places: list[int] = []
         self._begun = 0
         self._failure: ExportError | None = None

@@ -12,6 +12,7 @@ import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from onnxport.callbacks.owed import NO_USE, is_owed, note, owed, settle, sweep, 
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner, Outcome
+from onnxport.callbacks.turns import Turns
 from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
@@ -117,6 +119,7 @@ class ExportSession:
         say: Tells the user one line per model.
         runner: Where models are made; default: here.
         name: What follows the names of its models.
+        turns: Shared by all sessions of a run.
 
     Attributes:
         preflight: The report of the trial before the first checkpoint, when there was one.
@@ -138,7 +141,9 @@ class ExportSession:
         say: Callable[[str], None] = logger.info,
         runner: Runner | None = None,
         name: str = "",
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = Turns() if turns is None else turns
         self._kept = KeptReports(say)
         self.preflight: ExportReport | None = None
         self._module = module
@@ -206,6 +211,9 @@ class ExportSession:
             alive: Whether they are of this moment, so that the module in training can be asked what
                 it computes with them.
         """
+        self._turns.take(partial(self._saved, saved, alive=alive))
+
+    def _saved(self, saved: Saved, *, alive: bool) -> None:
         start = time.perf_counter()
         place = self._kept.next_place()
         path, origin = saved.path, saved.origin  # not the weights: what waits must not hold them
@@ -249,7 +257,7 @@ class ExportSession:
             if outcome.report is not None:
                 self._kept.keep(outcome.report, {"total": time.perf_counter() - start}, place)
 
-        self._begin(saved, finished, publish=False)
+        self._turns.take(partial(self._begin, saved, finished, publish=False))
 
     def try_early(self, saved: Saved, failed: Callable[[str], None]) -> None:
         """Prove that the module exports, as soon as calls were seen; once.
@@ -268,7 +276,7 @@ class ExportSession:
             if report is not None and not report.ok:
                 failed(report.error or "it does not export")
 
-        self._begin(saved, finished, publish=False)
+        self._turns.take(partial(self._begin, saved, finished, publish=False))
 
     @property
     def reports(self) -> list[ExportReport]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onnxport._signals import held_back
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
 from onnxport.tracking.courier import Courier, hasty_tracker, with_password
@@ -308,15 +309,15 @@ class ProcessOutbox(_Noted):
         self._starts += 1
         self._process = None
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "onnxport.tracking.server"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                # A terminal sends Ctrl-C to a whole group: what the trainer does is its decision.
-                start_new_session=True,
-            )
+            with held_back():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "onnxport.tracking.server"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    start_new_session=True,
+                )
         except OSError as error:
             logger.warning("The process that tells MLflow of models did not start: %s", error)
             return

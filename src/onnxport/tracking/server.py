@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from onnxport._signals import ignore
 from onnxport.config import MLflow
 from onnxport.tracking.base import RunAddress
 from onnxport.tracking.courier import Courier
@@ -121,7 +121,7 @@ def _watch(parent: int) -> None:
 def main() -> None:
     """Serve whoever is at the other end of standard input and output."""
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    ignore()
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from onnxport._signals import held_back
 from onnxport.errors import WorkerError
 from onnxport.worker.protocol import Ready, Setup, receive, send
 
@@ -51,7 +52,7 @@ class WorkerProcess:
             | os.environ
             | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         )
-        with theirs:
+        with theirs, held_back():
             self._process = subprocess.Popen(  # noqa: S603 - our own module
                 [sys.executable, "-m", "onnxport.worker.server", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -59,7 +60,6 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 env=environment,
-                # A terminal sends Ctrl-C to a whole group: what the trainer does is its decision.
                 start_new_session=True,
             )
         self._channel = ours

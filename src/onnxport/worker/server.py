@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxport._signals import ignore
 from onnxport.worker.protocol import (
     Done,
     Ready,
@@ -257,7 +258,7 @@ def main(descriptor: int) -> None:
     """
     _die_with_parent()
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    ignore()
     channel = socket.socket(fileno=descriptor)
     first = receive(channel)
     if first is None:

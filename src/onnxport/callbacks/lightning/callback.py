@@ -43,6 +43,7 @@ from onnxport.callbacks.paths import ModelPaths
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
+from onnxport.callbacks.turns import Turns
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.unsharded import gathered
@@ -255,6 +256,7 @@ class OnnxExport(metaclass=FrameworkAware):
             self._earlier.append(ExportReport(ok=False, error=_SAME_NAMES))
             return
         address = self._address(trainer)
+        turns = Turns()
         self._sessions = {
             name: ExportSession(
                 pl_module,
@@ -267,6 +269,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 say=teller(type(self)),
                 runner=self._runner(pl_module, place),
                 name=name,
+                turns=turns,
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
@@ -384,8 +387,9 @@ class OnnxExport(metaclass=FrameworkAware):
             origin = origin_of(trainer, path, self._measured)
             self._save(trainer, content["state_dict"], path, origin, file=file_of(trainer, path))
             if self._ended and self.background is not None:  # nobody will wait for it later
-                end = time.monotonic() + self.background.drain_s
-                self._drain(trainer, self.background.drain_s)
+                limit_s = DRAIN_AFTER_ERROR_S if self._failed else self.background.drain_s
+                end = time.monotonic() + limit_s
+                self._drain(trainer, limit_s)
                 self._finish_tracking(end - time.monotonic())
 
     def _on_refused(self, trainer: Any, reason: str, path: str) -> None:

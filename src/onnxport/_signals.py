@@ -1,0 +1,45 @@
+"""Signals that are meant for training and reach every process of a job.
+
+A terminal sends Ctrl-C to a whole group. A cluster warns each process of a job that its time is
+over (SIGTERM, or with SLURM's requeue SIGUSR1 and whatever else was agreed on), and a signal that
+nobody handles ends a process. What becomes of training is the trainer's decision: processes that
+work for it go on, and end with it.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["held_back", "ignore"]
+
+_FOR_TRAINING = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGXCPU,
+}
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Start a process in here: signals wait for it until it calls :func:`ignore`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINING)  # inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore() -> None:
+    """Ignore such signals in this process from now on, and those that wait since it started."""
+    for number in _FOR_TRAINING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_TRAINING)

@@ -1,0 +1,111 @@
+"""A cluster's warning makes the trainer save at any moment, also while a model is made."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import onnxport
+from onnxport import OnnxExport
+from onnxport.callbacks.turns import Turns
+from onnxport.exporter.ownership import read_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import lightning.pytorch as pl
+
+pytestmark = pytest.mark.slow
+
+
+class Warned(nn.Module):
+    """Its ``forward`` is interrupted once, in the middle of the first model."""
+
+    comes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = zoo.cnn()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if Warned.comes and not self.training:
+            Warned.comes = False
+            signal.raise_signal(signal.SIGUSR1)
+        return self.inner(image)
+
+
+class Saved(zoo.Classifier):
+    """Is warned while its first checkpoint becomes a model."""
+
+    saves = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        first = not self.saves
+        self.saves += 1
+        Warned.comes = Warned.comes or first
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def train(root: Path, callback: OnnxExport | None) -> tuple[pl.Trainer, list[float]]:
+    trainer = zoo.trainer(root, zoo.checkpoints(root), *([callback] if callback else []))
+    signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(root / "warned.ckpt"))
+    torch.manual_seed(0)
+    module = Saved(Warned())
+    trainer.fit(module, zoo.loader(), zoo.loader(shuffle=False))
+    return trainer, module.losses
+
+
+@pytest.mark.worker
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("target", [None, {"a": "net", "b": "net"}])
+def test_a_save_in_the_middle_of_a_model(
+    background: bool, target: dict[str, str] | None, tmp_path: Path
+) -> None:
+    callback = OnnxExport(core="trace", background=background, target=target)
+    _, losses = train(tmp_path, callback)
+    assert [report.error for report in callback.reports if not report.ok] == []
+    models = {path.name for path in tmp_path.rglob("warned*.onnx")}
+    assert models == ({"warned-a.onnx", "warned-b.onnx"} if target else {"warned.onnx"})
+    if target is None:
+        for model in tmp_path.rglob("*.onnx"):
+            state = torch.load(model.with_suffix(".ckpt"), weights_only=False)["state_dict"]
+            assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
+    assert losses == train(tmp_path / "plain", None)[1]
+
+
+def test_what_interrupts_work_comes_after_it() -> None:
+    turns, said = Turns(), list[str]()
+
+    def work() -> None:
+        said.append("begun")
+        turns.take(lambda: said.append("interrupting"))
+        said.append("done")
+
+    turns.take(work)
+    assert said == ["begun", "done", "interrupting"]
+
+
+def test_work_that_is_broken_off_leaves_the_next_its_turn() -> None:
+    turns, said = Turns(), list[str]()
+
+    def work() -> None:
+        turns.take(lambda: said.append("interrupting"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.take(work)
+    turns.take(lambda: said.append("next"))
+    assert said == ["interrupting", "next"]
