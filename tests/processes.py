@@ -55,6 +55,13 @@ class Family:
                 found.append(int(place.name))
         return found
 
+    def memory(self) -> int:
+        """Return how many bytes all of them hold.
+
+        What they share counts once, and pages of files, which the system takes back, do not.
+        """
+        return sum(_held_by(process) for process in self.living())
+
     def until(self, there: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         """Wait for something that they do; a process that ends early is an error."""
         end = time.monotonic() + limit_s
@@ -75,6 +82,16 @@ class Family:
         """Wait until the script has ended everywhere; return the exit codes."""
         end = time.monotonic() + limit_s
         return [rank.wait(timeout=max(0.1, end - time.monotonic())) for rank in self.ranks]
+
+
+def _held_by(process: int) -> int:
+    """Return a process's part of memory that is no file, in bytes."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    counted = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(counted))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import torch
 from onnxport.errors import ExportError, VerificationError
 from onnxport.exporter.model_file import twin_of
 from onnxport.inputs.resize import current_sizes, lower, negate, resize, scale, shuffle
+from onnxport.pipeline.float64 import Float64
 from onnxport.pipeline.runs import run_flat
 from onnxport.report import Check
 from onnxport.validation.budget import Reference, make_references, pinned_reference, pooled_noise
@@ -424,26 +424,14 @@ def _run_double(flat: FlatModule, runs: Sequence[Tensors]) -> list[Tensors | Non
     found: list[Tensors | None] = [None] * len(runs)
     start = time.perf_counter()
     try:
-        double = _in_float64(flat)
+        double = Float64(flat)
         for place, inputs in enumerate(runs):
             if place and time.perf_counter() - start > FLOAT64_S:
                 break
-            wide = [t.double() if t.is_floating_point() else t for t in inputs]
-            found[place] = run_flat(double, wide)
+            found[place] = double.run(inputs)
     except Exception:
         logger.debug("the module does not run in float64", exc_info=True)
     return found
-
-
-def _in_float64(flat: FlatModule) -> FlatModule:
-    """Copy in float64; the parameters are not copied first, for they may be large."""
-    with torch.no_grad():
-        wide = {
-            id(weight): torch.nn.Parameter(weight.to(torch.float64, copy=True), requires_grad=False)
-            for weight in flat.parameters()
-            if type(weight) is torch.nn.Parameter and weight.is_floating_point()
-        }
-    return copy.deepcopy(flat, wide).double()
 
 
 def _widest(reference: Reference) -> float:
