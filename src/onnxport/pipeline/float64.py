@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from onnxport.pipeline.runs import run_flat
 
@@ -54,7 +55,7 @@ class Float64:
                 if id(weight) not in shared
             }
             self._module: FlatModule = copy.deepcopy(flat, memo)
-            self._module._apply(  # noqa: SLF001 - what `double()` is, which casts all
+            self._module._apply(  # type: ignore[no-untyped-call]  # noqa: SLF001 - as `double()`
                 lambda tensor: tensor if id(tensor) in shared else _wide(tensor)
             )
 
@@ -85,6 +86,7 @@ class _Widening(TorchFunctionMode):
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
 
+    @override
     def __torch_function__(
         self,
         func: Callable[..., Any],
