@@ -43,8 +43,8 @@ exhaustive: $(STAMP)
 	$(BIN)/python -m pytest -m exhaustive
 
 test-scale: $(STAMP)
-	@$(BIN)/python -m pip install -q -c constraints.txt --group scale >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
-	$(BIN)/python -m pytest tests/integration/test_spark.py tests/integration/test_ray.py
+	@$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt --group scale >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration/test_spark.py tests/integration/test_ray.py tests/distributed/test_deepspeed.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

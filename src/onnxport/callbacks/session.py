@@ -295,6 +295,8 @@ class ExportSession:
         self._recovered = True
         for debt in list(owed(folders, self._name, _say_unclear)):
             path, origin, file = debt.model, debt.origin, debt.checkpoint
+            if path in self._latest:  # of this run, and on its way
+                continue
             self._folders.add(path.parent)
             try:
                 state = read_state_dict(file)

@@ -45,6 +45,8 @@ _DESCRIPTIONS = frozenset(
 )
 _METADATA = ".metadata"
 """What ``torch.distributed.checkpoint`` writes last into a folder."""
+_OF_DEEPSPEED = "latest"
+"""What DeepSpeed writes last into a folder."""
 _REBUILDERS = frozenset(
     {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
 )
@@ -84,8 +86,8 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a path is a file, or a folder that ``torch.distributed.checkpoint`` wrote."""
-    return path.is_file() or (path / _METADATA).is_file()
+    """Tell whether a path is a file, or a folder that processes have written together."""
+    return path.is_file() or any((path / last).is_file() for last in (_METADATA, _OF_DEEPSPEED))
 
 
 def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
@@ -98,6 +100,10 @@ def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    if (path / _OF_DEEPSPEED).is_file():
+        raise OSError(
+            "DeepSpeed has written it. Make one file of it with the zero_to_fp32.py that lies in it"
+        )
     reader = _folder_reader(path)
     metadata = reader.read_metadata()
     places = metadata.planner_data or {}

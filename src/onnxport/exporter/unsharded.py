@@ -1,8 +1,8 @@
 """Weights that are spread over processes: gather them, and make an ordinary module around them.
 
-FSDP2's ``fully_shard``, tensor parallelism, and PyTorch's sharded state dicts keep a part of each
-tensor in each process. Running such a module takes all processes; a copy with whole tensors does
-not.
+FSDP2's ``fully_shard``, tensor parallelism, PyTorch's sharded state dicts and stage 3 of DeepSpeed
+keep a part of each tensor in each process. Running such a module takes all processes; a copy with
+whole tensors does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
 from onnxport.exporter.module_state import TRAINERS, plain_name, preserved_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["gathered", "is_spread", "whole_module"]
 
 _OF_TORCH = "torch.distributed"
+_SPREADERS = (_OF_TORCH, "deepspeed")
+"""Packages whose hooks, objects and classes are there to spread weights."""
 
 
 def is_spread(state: Mapping[str, Any]) -> bool:
@@ -83,22 +85,38 @@ def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
     machinery = [hook for hook in hooks_of_any_kind(module) if _is_machinery(hook)]
     memo |= {id(hook): Unusable("hook") for hook in machinery}
-    for name in TRAINERS:
-        for value in (vars(submodule).get(name) for submodule in module.modules()):
-            memo |= {} if value is None else {id(value): None}
+    memo |= {id(value): None for value in _not_its_own(module)}
     with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
         twin: nn.Module = Duplicator(memo).copy(module)
     drop_hooks(twin, [hook for hook in hooks_of_any_kind(twin) if isinstance(hook, Unusable)])
     for submodule in twin.modules():
         submodule.__class__ = _own_class(type(submodule))
+        # DeepSpeed's own kind of dict asks all processes for a parameter.
+        submodule._parameters = dict(submodule._parameters)  # noqa: SLF001 - has no public name
     return twin
 
 
+def _not_its_own(module: nn.Module) -> Iterator[Any]:
+    """Yield what a module's parts hold of the training and of the machinery that spreads them."""
+    for submodule in module.modules():
+        for name, value in vars(submodule).items():
+            machinery = type(value).__module__.startswith("deepspeed") and name != "_parameters"
+            if value is not None and (name in TRAINERS or machinery):
+                yield value
+
+
 def _is_part(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "full_tensor")
+    return isinstance(tensor, torch.Tensor) and (
+        hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
+    )
 
 
 def _put_together(tensor: Any) -> torch.Tensor:
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
     # A part that was brought to the CPU must go back to where its processes speak to each other.
     whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
     return whole
@@ -126,7 +144,7 @@ def _is_machinery(hook: Any) -> bool:
     owner = getattr(hook, "__self__", None)
     function = getattr(hook, "func", hook)  # of a partial
     homes = (type(owner).__module__, getattr(function, "__module__", None))
-    return any(str(home).startswith(_OF_TORCH) for home in homes)
+    return any(str(home).startswith(_SPREADERS) for home in homes)
 
 
 def _own_class(kind: type) -> type:

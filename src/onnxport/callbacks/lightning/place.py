@@ -54,11 +54,9 @@ def is_sharded(strategy: Any) -> bool:
 def runs_alone(strategy: Any) -> bool:
     """Tell whether one process can run the module, or a copy of it with whole tensors.
 
-    FSDP1 puts wrappers around modules whose ``forward`` asks all processes for the weights, and
-    DeepSpeed's stage 3 marks parameters that it has taken away.
+    FSDP1 puts wrappers around modules whose ``forward`` asks all processes for the weights.
     """
     model = strategy.model
     if not is_sharded(strategy) or model is None:
         return True
-    wrapped = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
-    return not wrapped and not any(hasattr(tensor, "ds_id") for tensor in model.parameters())
+    return all(type(part).__name__ != "FullyShardedDataParallel" for part in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["GatheringSave", "gather_saves", "load_checkpoint", "stand_in"]
 
+logger = logging.getLogger(__name__)
+
 _UNKNOWN_PARTS = (
-    "The strategy has written its weights in parts that cannot be put together here. Save full "
-    "checkpoints (FSDPStrategy(state_dict_type='full')), or make one file of it and call "
-    "onnxport.export."
+    "The strategy has written its weights in parts that cannot be put together here. Make one file "
+    "of it and call onnxport.export."
 )
 _NOT_ALONE = (
-    "FSDP1 and DeepSpeed's stage 3 keep the weights in a form that no process can run by itself. "
-    "Train with ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the "
-    "checkpoint's weights after training."
+    "FSDP1 keeps the weights in a form that no process can run by itself. Train with "
+    "ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the checkpoint's "
+    "weights after training."
 )
 _META = "meta.pt"
 """Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
@@ -56,8 +58,10 @@ class GatheringSave:
     def __call__(self, checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save, gather, report."""
         state = checkpoint.get("state_dict", {})  # the strategy may take it out
+        if is_deepspeed(self.strategy):  # it writes the weights of the module, and not these
+            state = self.strategy.lightning_module.state_dict(keep_vars=True)
         result = self.save(checkpoint, filepath, *args, **kwargs)
-        if is_spread(state):
+        if is_spread(state) or is_deepspeed(self.strategy):
             self._report(state, str(filepath))
         elif Path(filepath).is_dir() and self.strategy.global_rank == 0:
             for wants, _, on_refused in tuple(self.listeners.values()):
@@ -76,9 +80,10 @@ class GatheringSave:
             return
         try:
             whole = gathered(state, keep=first)
-        except ExportError as error:
+        except Exception as error:  # of the group, or of what puts them together
+            logger.debug("The weights could not be gathered", exc_info=True)
             for _, on_refused in wanting:
-                on_refused(str(error), path)
+                on_refused(f"The weights could not be put together: {error}", path)
             return
         for on_saved, _ in wanting:
             on_saved({"state_dict": whole}, path)
@@ -110,6 +115,8 @@ def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
         path: A file, or a folder with the parts of all processes.
     """
     folder = Path(path)
+    if is_deepspeed(strategy):
+        return _consolidated(folder, strategy.lightning_module)
     if not folder.is_dir():
         content: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(
             path, map_location="cpu", weights_only=False
@@ -118,6 +125,27 @@ def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
     # This training has written it, a moment ago.
     rest = torch.load(folder / _META, map_location="cpu", weights_only=False)
     return {**rest, "state_dict": read_state_dict(folder)}
+
+
+def is_deepspeed(strategy: Any) -> bool:
+    """Tell whether DeepSpeed writes the checkpoints, a folder each."""
+    return any(kind.__name__ == "DeepSpeedStrategy" for kind in type(strategy).__mro__)
+
+
+def _consolidated(folder: Path, module: nn.Module) -> dict[str, Any]:
+    """Put together what the processes of DeepSpeed have written."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    parts = folder / "checkpoint"  # Lightning's tag
+    # This training has written it, a moment ago.
+    facts = torch.load(
+        min(parts.glob("*model_states.pt")), map_location="cpu", mmap=True, weights_only=False
+    )
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=parts.name)
+    kinds = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    # The optimizer keeps float32 of weights that are used in half precision.
+    whole = {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in state.items()}
+    return {**facts, "state_dict": whole}
 
 
 def stand_in(trainer: Any, state: Mapping[str, Any]) -> nn.Module | None:
