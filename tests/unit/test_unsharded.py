@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,14 +17,15 @@ from onnxport.callbacks.lightning.place import runs_alone
 from onnxport.callbacks.lightning.sharded import gather_saves
 from onnxport.errors import ExportError
 from onnxport.exporter import unsharded
+from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.duplicate import NotCopiedError
 from onnxport.exporter.module_state import copy_module
+from onnxport.exporter.shared_weights import shared_descriptor
 from onnxport.exporter.skeleton import make_skeleton
 from onnxport.exporter.unsharded import gathered, is_spread, whole_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -94,10 +97,35 @@ def test_where_there_is_no_room_all_processes_still_do_their_part(
     def full(*_: object, **__: object) -> None:
         raise MemoryError("no room (injected)")
 
-    monkeypatch.setattr(unsharded, "_on_cpu", full)
+    monkeypatch.setattr(unsharded, "_room_for", full)
     with pytest.raises(ExportError, match="could not be kept: no room"):
         gathered(state, keep=True)
     assert len(together) == len(state)
+
+
+@pytest.mark.usefixtures("alone")
+def test_gathered_weights_lie_where_another_process_can_read_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).to(torch.float64)
+    expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    whole = gathered(module.state_dict(), keep=True)
+    descriptor = shared_descriptor(whole)
+    assert descriptor is not None
+    with os.fdopen(descriptor, "rb"):
+        found = read_state_dict(Path(f"/proc/self/fd/{descriptor}"), key="")
+        for state in (found, whole):
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+    def refused(*_: object) -> None:
+        raise OSError(28, "no room (injected)")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    elsewhere = gathered(module.state_dict(), keep=True)
+    assert shared_descriptor(elsewhere) is None
+    assert all(torch.equal(elsewhere[name], expected[name]) for name in expected)
 
 
 def test_parts_that_nobody_knows_are_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from onnxport.exporter.shared_weights import shared_descriptor
 from onnxport.exporter.skeleton import NotPicklableError, make_skeleton, pickle_by_value
 from onnxport.pipeline import Pipeline
 from onnxport.report import ExportReport
@@ -248,6 +249,9 @@ def _modules_of(module: nn.Module) -> set[str]:
 
 def _copied(state: Mapping[str, Any]) -> int:
     """Copy weights into memory that another process can map; return its descriptor."""
+    shared = shared_descriptor(state)
+    if shared is not None:  # they were gathered there
+        return shared
     tensors = {
         name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)
     }

@@ -7,6 +7,7 @@ whole tensors does not.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,14 @@ from onnxport.errors import ExportError
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
 from onnxport.exporter.module_state import TRAINERS, plain_name, preserved_rng
+from onnxport.exporter.shared_weights import SharedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = ["gathered", "is_spread", "whole_module"]
+
+logger = logging.getLogger(__name__)
 
 _OF_TORCH = "torch.distributed"
 _SPREADERS = (_OF_TORCH, "deepspeed")
@@ -47,23 +51,37 @@ def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     failure: Exception | None = None
+    if keep:
+        try:
+            whole = _room_for(state)
+        except (OSError, RuntimeError, MemoryError) as error:  # the others wait for this process
+            failure = error
     with torch.no_grad(), torch.inference_mode(False):
         for name, value in state.items():
             tensor = _put_together(value) if _is_part(value) else value
             if not keep or failure is not None:
                 continue
-            try:
-                whole[name] = _on_cpu(tensor, copy=tensor is value)
-            except (RuntimeError, MemoryError) as error:  # the others still wait for this process
-                failure = error
-                whole.clear()
+            if isinstance(tensor, torch.Tensor):
+                whole[name].copy_(tensor.detach())
+            else:
+                whole[name] = tensor
     if failure is not None:
         raise ExportError(f"The whole weights could not be kept: {failure}") from failure
     return whole
 
 
-def _on_cpu(value: Any, *, copy: bool) -> Any:
-    return value.detach().to("cpu", copy=copy) if isinstance(value, torch.Tensor) else value
+def _room_for(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whole tensors without values, where another process can map them if possible."""
+    shapes = {
+        name: (getattr(value, "ds_shape", value.shape), value.dtype)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+    try:
+        return SharedWeights(shapes)
+    except OSError:
+        logger.debug("Whole weights are kept where no other process sees them.", exc_info=True)
+        return {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in shapes.items()}
 
 
 def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
