@@ -90,6 +90,7 @@ SCRIPT = """
         )
         trainer.fit(Net(), torch.utils.data.DataLoader(rows, 8))
         said = {"losses": losses, "reports": [json.loads(r.to_json()) for r in export.reports]}
+        said["tried"] = [[r.ok, r.error] for r in export.preflight_reports]
         (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(said))
 
     torch.manual_seed(1)
@@ -185,7 +186,8 @@ def assert_whole(root: Path, plain: Path, processes: int, folder: Path) -> None:
     first, *others = said_by(root, processes)
     without = said_by(plain, processes)
     assert [rank["losses"] for rank in (first, *others)] == [rank["losses"] for rank in without]
-    assert all(rank["reports"] == [] for rank in others)
+    assert all(rank["reports"] == rank["tried"] == [] for rank in others)
+    assert first["tried"] == [[True, None]]  # before the first checkpoint
     assert [report["error"] for report in first["reports"] if not report["ok"]] == []
     checkpoints = {path.stem: path for path in (root / "c").glob("*.ckpt")}
     models = {path.stem: path for path in (root / "c").glob("*.onnx")}

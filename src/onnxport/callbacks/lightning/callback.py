@@ -31,7 +31,12 @@ from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import is_sharded, place_among, runs_alone
 from onnxport.callbacks.lightning.rehearsal import rehearsal
-from onnxport.callbacks.lightning.sharded import gather_saves, load_checkpoint, stand_in
+from onnxport.callbacks.lightning.sharded import (
+    gather_saves,
+    live_state,
+    load_checkpoint,
+    stand_in,
+)
 from onnxport.callbacks.options import (
     AnyTarget,
     read_background,
@@ -282,10 +287,12 @@ class OnnxExport(metaclass=FrameworkAware):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._batches += 1
+        early = self._early_weights(trainer, pl_module)
         if self._sessions:
             self._mirror_links(trainer)
             with _never_raises("the export before the first checkpoint"):
-                self._try_early(trainer, pl_module)
+                self._try_early(trainer, early)
             self._begin_batch(trainer, "training_step", batch, batch_idx)
         if trainer.world_size == 1:
             self._raise_failure(trainer)
@@ -346,9 +353,29 @@ class OnnxExport(metaclass=FrameworkAware):
     def _drain(self, trainer: Any, limit_s: float) -> None:
         drain(self._sessions, limit_s, trainer, teller(type(self)))
 
-    def _try_early(self, trainer: Any, pl_module: Any) -> None:
+    def _early_weights(
+        self, trainer: Any, pl_module: Any
+    ) -> Callable[[], Mapping[str, Any]] | None:
+        """Return what gives the weights for a trial; ``None``: now is not the time for one."""
+        if self._place is None or self.preflight is None or trainer.fast_dev_run:
+            return None
+        if not is_sharded(trainer.strategy):
+            return pl_module.state_dict  # type: ignore[no-any-return]
+        if self._batches != OBSERVED_FIRST + 1 or not runs_alone(trainer.strategy):
+            return None
+        needed = any(session.awaits_trial for session in self._sessions.values())
+        return self._gathered(trainer, needed)
+
+    def _gathered(self, trainer: Any, needed: bool) -> Callable[[], Mapping[str, Any]]:
+        """Put whole weights together on rank zero; all processes do, or none does."""
+        whole: dict[str, Any] = {}
+        if trainer.strategy.broadcast(needed):
+            with _never_raises("gathering the weights"):
+                whole = gathered(live_state(trainer.strategy), keep=needed)
+        return lambda: whole
+
+    def _try_early(self, trainer: Any, weights: Callable[[], Mapping[str, Any]] | None) -> None:
         """Export once two batches were trained on: it is better to know now."""
-        self._batches += 1
         if self._batches <= OBSERVED_FIRST or trainer.fast_dev_run:
             return
         folders = [*map(Path, self._roots), *([self.dirpath] if self.dirpath else [])]
@@ -357,16 +384,18 @@ class OnnxExport(metaclass=FrameworkAware):
         if self._batches == OBSERVED_FIRST + 1 and self._outbox is not None:
             for job in jobs_in(folders):  # what an earlier run could not tell its server
                 self._outbox.adopt(job, partial(keep_record, model_of(job)))
-        if self.preflight is None:
-            return
         waiting = [(n, session) for n, session in self._sessions.items() if session.awaits_trial]
-        if not waiting or is_sharded(trainer.strategy):
+        if not waiting or weights is None:
             return
-        state = pl_module.state_dict()
+        state = weights()
+        if not state:  # they could not be gathered
+            return
+        module = stand_in(trainer, state)
         origin = replace(origin_of(trainer, "", self._measured), checkpoint=None, metrics={})
         for name, session in waiting:
             path = self._folder / f"preflight{name}.onnx"
-            session.try_early(Saved(state=state, path=path, origin=origin), self._no_export)
+            saved = Saved(state=state, path=path, origin=origin, module=module)
+            session.try_early(saved, self._no_export)
 
     def _no_export(self, reason: str) -> None:
         message = f"The module does not export, so no checkpoint will get a model: {reason}"
@@ -464,11 +493,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.reports or session.unfinished for session in self._sessions.values()
             )
         )
-        whole: dict[str, Any] = {}
-        if trainer.strategy.broadcast(needed):  # all processes gather, or none does
-            with _never_raises("gathering the weights of the end"):
-                whole = gathered(pl_module.state_dict(), keep=needed)
-        return lambda: whole
+        return self._gathered(trainer, needed)
 
     def _export_at_end(self, trainer: Any, final: Callable[[], Mapping[str, Any]]) -> None:
         """Make sure that the best weights have a model."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     OnSaved = Callable[[dict[str, Any], str], None]
     OnRefused = Callable[[str, str], None]
 
-__all__ = ["GatheringSave", "gather_saves", "load_checkpoint", "stand_in"]
+__all__ = ["GatheringSave", "gather_saves", "live_state", "load_checkpoint", "stand_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class GatheringSave:
         """Save, gather, report."""
         state = checkpoint.get("state_dict", {})  # the strategy may take it out
         if is_deepspeed(self.strategy):  # it writes the weights of the module, and not these
-            state = self.strategy.lightning_module.state_dict(keep_vars=True)
+            state = live_state(self.strategy)
         result = self.save(checkpoint, filepath, *args, **kwargs)
         if is_spread(state) or is_deepspeed(self.strategy):
             self._report(state, str(filepath))
@@ -105,6 +105,17 @@ def gather_saves(
     if not isinstance(strategy.save_checkpoint, GatheringSave):
         strategy.save_checkpoint = GatheringSave(strategy)
     strategy.save_checkpoint.listeners[key] = (wants, on_saved, on_refused)
+
+
+def live_state(strategy: Any) -> dict[str, Any]:
+    """Return the weights as they are now, the part of this process.
+
+    Args:
+        strategy: Lightning's strategy.
+    """
+    # DeepSpeed's parameters know how they are put together, and what is detached does not.
+    state: dict[str, Any] = strategy.lightning_module.state_dict(keep_vars=is_deepspeed(strategy))
+    return state
 
 
 def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
