@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from onnxport.exporter.ownership import read_metadata
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.worker]
 
 SCRIPT = """
-    import json, os, sys, warnings
+    import json, os, signal, sys, time, warnings
     warnings.simplefilter("ignore")
     from pathlib import Path
     import lightning.pytorch as pl, torch
@@ -30,7 +31,8 @@ SCRIPT = """
         ColwiseParallel, RowwiseParallel, parallelize_module,
     )
     from torch.distributed.tensor import Replicate
-    from onnxport import OnnxExport
+    from onnxport import Background, OnnxExport
+    from onnxport.worker.client import worker_for
 
     data, tensor, options = 1, 1, {}
 
@@ -74,10 +76,23 @@ SCRIPT = """
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 0.01)
 
+    class Stops(Callback):
+        "Stops the worker when the first model is there; nobody waits for the others."
+
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.is_global_zero and trainer.current_epoch == 2:
+                while not self.export.reports:
+                    time.sleep(0.05)
+                os.kill(worker_for(self.export.background, 0).pid, signal.SIGSTOP)
+
     def train(root):
         saves = ModelCheckpoint(root / "c", save_top_k=1, monitor="loss", save_last=True)
-        export = OnnxExport(core="trace", when=options["when"])
+        background = Background(drain_s=0.1) if options["stops"] else True
+        export = OnnxExport(core="trace", when=options["when"], background=background)
         kept = [saves] if options["saves"] else []
+        stops = Stops()
+        stops.export = export
+        kept += [stops] if options["stops"] else []
         trainer = pl.Trainer(
             accelerator="cpu", devices=data * tensor, max_epochs=3, logger=False,
             strategy=ModelParallelStrategy(
@@ -105,6 +120,7 @@ SCRIPT = """
 def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
     defaults = {"data": processes, "tensor": 1, "distributed": True, "norm": True}
     defaults |= {"export": True, "when": "checkpoint", "saves": True, "without": []}
+    defaults |= {"stops": False}
     chosen = {name: defaults | options for name, options in cases.items()}
     for name in chosen:
         (root / name).mkdir()
@@ -140,7 +156,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, with the callback and without, trained by two processes."""
     root = tmp_path_factory.mktemp("sharded")
     plain = {f"{name}, plain": case | {"export": False} for name, case in CASES.items()}
-    run(root, 2, CASES | plain | AT_END | {"lacking": {"without": ["first.weight"]}})
+    others = {"lacking": {"without": ["first.weight"]}, "owed": {"stops": True}}
+    run(root, 2, CASES | plain | AT_END | others)
     return root
 
 
@@ -172,6 +189,22 @@ def test_a_checkpoint_without_a_tensor_that_is_spread_has_no_model_and_says_so(
     assert first["reports"]
     for report in first["reports"]:
         assert "does not hold 'first.weight'" in report["error"]
+
+
+def test_what_is_owed_is_made_from_the_parts_alone(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"  # a run may have been moved
+    shutil.copytree(trained / "owed" / "c", folder)
+    missing = {path.stem for path in folder.glob("*.ckpt")} - {
+        path.stem for path in folder.glob("*.onnx")
+    }
+    assert missing
+    reports = onnxport.resume(folder)
+    assert [report.error for report in reports if not report.ok] == []
+    assert missing <= {Path(report.path).stem for report in reports}  # or one was saved anew
+    for checkpoint in folder.glob("*.ckpt"):
+        state = state_of(checkpoint, tmp_path)
+        model = checkpoint.with_suffix(".onnx")
+        assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
 
 
 @pytest.mark.exhaustive
