@@ -295,11 +295,15 @@ def main() -> None:
     weights = count * 4 * WIDTH * (WIDTH + 1)
     results: list[Found] = []
     for strategy in STRATEGIES:
+        hopeless: set[str] = set()
         for processes in map(int, given.processes.split(",")):
             plain: Found = {}
             for row in ROWS:
+                if row in hopeless:
+                    continue
                 found = run(strategy, row, processes, count, given.checkpoints)
                 plain = plain or found
+                hopeless |= {row} if "failed" in found else set()
                 one = {"strategy": strategy, "processes": processes, "row": row}
                 results.append(one | figures(found, plain, weights))
                 print(json.dumps(results[-1]), flush=True)

@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxport.callbacks.remote import is_remote
 from onnxport.exporter.ownership import read_metadata
 from onnxport.pipeline.report_files import read_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from onnxport.callbacks.remote import RemoteModels
 
 __all__ = ["ModelPaths", "is_model_of", "model_path"]
 
@@ -53,14 +56,32 @@ class ModelPaths:
     Args:
         dirpath: See :func:`model_path`.
         roots: See :func:`model_path`.
+        remote: Where models are made whose checkpoints are elsewhere.
     """
 
-    def __init__(self, dirpath: Path | None = None, roots: Sequence[str | Path] = ()) -> None:
-        self._dirpath, self._roots = dirpath, tuple(roots)
+    def __init__(
+        self,
+        dirpath: Path | None = None,
+        roots: Sequence[str | Path] = (),
+        remote: RemoteModels | None = None,
+    ) -> None:
+        self._dirpath, self._roots, self._remote = dirpath, tuple(roots), remote
         self._known: dict[str, Path] = {}
 
-    def of(self, checkpoint: str) -> Path:
-        """Return where the model of a checkpoint goes; of one checkpoint always the same."""
+    def of(self, checkpoint: str, suffix: str = "") -> Path:
+        """Return where the model of a checkpoint goes; of one checkpoint always the same.
+
+        Args:
+            checkpoint: Path of the checkpoint.
+            suffix: What is added to the model's stem.
+        """
+        path = self._of(checkpoint)
+        path = path.with_name(f"{path.stem}{suffix}{path.suffix}")
+        if self._remote is None or self._dirpath is not None or not is_remote(checkpoint):
+            return path
+        return self._remote.local(f"{checkpoint.rpartition('/')[0]}/{path.name}")
+
+    def _of(self, checkpoint: str) -> Path:
         if self._dirpath is None:
             return model_path(checkpoint)
         if checkpoint not in self._known:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from onnxport.callbacks.remote import RemoteModels
     from onnxport.callbacks.runner import Finished, Runner
     from onnxport.config import ExportOptions
     from onnxport.errors import ExportError
@@ -120,6 +121,7 @@ class ExportSession:
         runner: Where models are made; default: here.
         name: What follows the names of its models.
         turns: Shared by all sessions of a run.
+        remote: Knows which models belong elsewhere.
 
     Attributes:
         preflight: The report of the trial before the first checkpoint, when there was one.
@@ -142,7 +144,9 @@ class ExportSession:
         runner: Runner | None = None,
         name: str = "",
         turns: Turns | None = None,
+        remote: RemoteModels | None = None,
     ) -> None:
+        self._remote = remote
         self._turns = Turns() if turns is None else turns
         self._kept = KeptReports(say)
         self.preflight: ExportReport | None = None
@@ -231,7 +235,11 @@ class ExportSession:
                 logger.debug("%s is gone; it gets no model.", path)
                 return
             seconds["total"] = time.perf_counter() - start
-            if not report.ok:
+            if report.ok and self._remote is not None:
+                report = self._remote.deliver(report, path)
+                if report is None:
+                    return
+            elif not report.ok:
                 # An older model would hold other weights; a worker that died has not removed it.
                 self._remove(path)
                 if outcome.lost:
@@ -364,6 +372,8 @@ class ExportSession:
             remove_model(path)
         except OSError as error:
             logger.warning("%s was not removed with its checkpoint: %s", path, error)
+        if self._remote is not None:
+            self._remote.remove(path)
 
     def drain(self, limit_s: float, tell: Callable[[list[str]], None] = lambda _: None) -> None:
         """Wait for the models that are not finished.
@@ -463,6 +473,8 @@ class ExportSession:
             report = self._kept.update(found.place, record)
             if report is not None and self._tracked.get(path) is found and path.exists():
                 save_report(report, path)
+                if self._remote is not None:
+                    self._remote.update(path)
 
         self._outbox.submit(
             Job(

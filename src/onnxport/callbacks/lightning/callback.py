@@ -11,7 +11,9 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
+from platformdirs import user_cache_path
 from typing_extensions import override
 
 from onnxport.callbacks.cadence import When, read_when
@@ -45,6 +47,7 @@ from onnxport.callbacks.options import (
     read_targets,
 )
 from onnxport.callbacks.paths import ModelPaths
+from onnxport.callbacks.remote import RemoteModels, is_remote
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
@@ -177,7 +180,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self._earlier: list[ExportReport] = []
         self._saves = 0
         self._place: str | None = ""
-        self._folder = Path()
+        self._root, self._folder = "", Path()
+        self._remote = RemoteModels(self._folder)
         self._paths = ModelPaths(self.dirpath)
         self._linked = 0
         self._batches = 0
@@ -249,8 +253,10 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._measured, self._roots = Measured(), checkpoint_roots(trainer)
-        self._paths = ModelPaths(self.dirpath, self._roots)
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        root = str(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        self._root, self._folder = root, _folder_here(root)
+        self._remote = RemoteModels(self._folder / "onnxport-remote")
+        self._paths = ModelPaths(self.dirpath, self._roots, self._remote)
         self._earlier, self._saves, self._sessions = self.reports, 0, {}
         self._batches, self._linked, self._early_failure = 0, 0, None
         self._ended = self._failed = False
@@ -275,6 +281,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 runner=self._runner(pl_module, place),
                 name=name,
                 turns=turns,
+                remote=self._remote,
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
@@ -378,7 +385,8 @@ class OnnxExport(metaclass=FrameworkAware):
         """Export once two batches were trained on: it is better to know now."""
         if self._batches <= OBSERVED_FIRST or trainer.fast_dev_run:
             return
-        folders = [*map(Path, self._roots), *([self.dirpath] if self.dirpath else [])]
+        here = [Path(root) for root in self._roots if not is_remote(root)]
+        folders = [*here, *([self.dirpath] if self.dirpath else [])]
         for session in self._sessions.values():
             session.recover(folders)
         if self._batches == OBSERVED_FIRST + 1 and self._outbox is not None:
@@ -468,8 +476,7 @@ class OnnxExport(metaclass=FrameworkAware):
             )
 
     def _model_path(self, checkpoint: str, name: str) -> Path:
-        path = self._paths.of(checkpoint)
-        return path.with_name(f"{path.stem}{name}{self._place or ''}{path.suffix}")
+        return self._paths.of(checkpoint, f"{name}{self._place or ''}")
 
     def _mirror_links(self, trainer: Any) -> None:
         """The trainer links to a checkpoint after it has saved it, and its model may come later."""
@@ -523,7 +530,8 @@ class OnnxExport(metaclass=FrameworkAware):
         """Tell whether a checkpoint has no model, and was not tried in vain."""
         path = self._model_path(checkpoint, name)
         reports = self._sessions[name].reports
-        proven = any(report.ok and report.path == str(path) for report in reports)
+        place = self._remote.url(path) or str(path)
+        proven = any(report.ok and report.path == place for report in reports)
         failed = any(not report.ok and report.checkpoint == checkpoint for report in reports)
         return not failed and not (proven and path.exists())
 
@@ -531,7 +539,7 @@ class OnnxExport(metaclass=FrameworkAware):
         """Export the weights as they are when training ends: no checkpoint became a model."""
         origin = replace(origin_of(trainer, "", self._measured), checkpoint=None)
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        self._save(trainer, final, str(self._folder / name), origin)
+        self._save(trainer, final, f"{self._root}/{name}", origin)
 
     def _dry_run(self, trainer: Any, final: Mapping[str, Any]) -> None:
         """``fast_dev_run`` leaves no files: prove that the module exports, and keep nothing."""
@@ -587,6 +595,13 @@ class OnnxExport(metaclass=FrameworkAware):
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
                 raise failure if failure is not None else ExportError(message)
+
+
+def _folder_here(root: str) -> Path:
+    """Return a folder of this machine for a run: its own, or one in a cache."""
+    if not is_remote(root):
+        return Path(root)
+    return user_cache_path("onnxport") / "runs" / quote(root, safe="")
 
 
 @contextmanager

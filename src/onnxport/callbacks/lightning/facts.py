@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxport.callbacks.lightning.measured import Measured
+from onnxport.callbacks.remote import is_remote, remote_exists
 from onnxport.exporter.checkpoint_file import is_checkpoint
 from onnxport.report import Provenance
 from onnxport.tracking.base import RunAddress
@@ -98,7 +99,7 @@ def best_checkpoint(trainer: Any) -> str | None:
     """Return the best checkpoint that is on disk."""
     for callback in (_deciding(trainer), *trainer.checkpoint_callbacks):
         best = getattr(callback, "best_model_path", "")
-        if best and is_checkpoint(Path(best)):
+        if best and (remote_exists(best) if is_remote(best) else is_checkpoint(Path(best))):
             return str(best)
     return None
 
