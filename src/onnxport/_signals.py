@@ -17,20 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["held_back", "ignore"]
 
-_FOR_TRAINING = {
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGXCPU,
-}
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
+_FOR_TRAINING = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
+_CAN_WAIT = hasattr(signal, "pthread_sigmask")  # not on Windows
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
     """Start a process in here: signals wait for it until it calls :func:`ignore`."""
+    if not _CAN_WAIT:
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINING)  # inherited
     try:
         yield
@@ -42,4 +39,5 @@ def ignore() -> None:
     """Ignore such signals in this process from now on, and those that wait since it started."""
     for number in _FOR_TRAINING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_TRAINING)
+    if _CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_TRAINING)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ TOGETHER = f"""
     import torch, zoo
     from pathlib import Path
     from torch import nn
+    from lightning.pytorch.callbacks import (
+        EMAWeightAveraging, ModelPruning, StochasticWeightAveraging,
+    )
     from onnxport import OnnxExport
 
     class Half(nn.Module):
@@ -48,15 +52,22 @@ TOGETHER = f"""
         def __len__(self):
             return 5
 
-    def train(root, strategy, export, uneven):
+    KINDS = {{
+        "ema": lambda: EMAWeightAveraging(decay=0.5),
+        "swa": lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1),
+        "prune": lambda: ModelPruning("l1_unstructured", amount=0.3, use_global_unstructured=True),
+    }}
+
+    def train(root, export, strategy="ddp", uneven=False, precision="32-true", extra=None):
         callback = OnnxExport(core="trace")
         saves = zoo.checkpoints(root, save_top_k=1, save_last=True, monitor="val_loss")
         trainer = zoo.trainer(
-            root, saves, *([callback] if export else []), strategy=strategy, devices=2, epochs=2,
-            use_distributed_sampler=not uneven,
+            root, saves, *([callback] if export else []), *([KINDS[extra]()] if extra else []),
+            strategy=strategy, devices=2, epochs=3, use_distributed_sampler=not uneven,
+            precision=precision,
         )
         torch.manual_seed(0)
-        module = zoo.Classifier(Half())
+        module = zoo.Classifier(Half() if "unused" in strategy else zoo.cnn())
         losses = []
         step = module.training_step
         module.training_step = lambda *given: losses.append(step(*given)) or losses[-1]
@@ -75,10 +86,15 @@ TOGETHER = f"""
     for name, options in json.loads(sys.argv[2]).items():
         train(Path(sys.argv[1], name), **options)
 """
-UNUSED = {"strategy": "ddp_find_unused_parameters_true", "uneven": False}
-CASES = {
+UNUSED = {"strategy": "ddp_find_unused_parameters_true"}
+CASES: dict[str, dict[str, Any]] = {
     "unused parameters": UNUSED,
     "batches of other sizes": UNUSED | {"uneven": True},
+    "averaged": {"extra": "ema"},
+    "stochastic averages": {"extra": "swa"},
+    "pruned": {"extra": "prune"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
 }
 
 

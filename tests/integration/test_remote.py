@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -141,6 +142,60 @@ def test_a_transaction_of_the_trainer_is_left_alone(bucket: str, tmp_path: Path)
             file.write(b"whole")
         assert not system.exists(path)
     assert system.cat_file(path) == b"whole"
+
+
+def test_files_of_somebody_else_stay(bucket: str, tmp_path: Path) -> None:
+    system, path = fsspec.core.url_to_fs(f"{bucket}/last.onnx")
+    for place in (path, f"{path}.data", f"{path}.json"):
+        system.pipe_file(place, b"mine")
+    export, _ = train(tmp_path, bucket)
+    failed = [report for report in export.reports if not report.ok]
+    assert failed
+    for report in failed:
+        assert str(report.checkpoint).endswith("last.ckpt")
+        assert "was not written by onnxport and is left alone" in str(report.error)
+    for place in (path, f"{path}.data", f"{path}.json"):
+        assert system.cat_file(place) == b"mine"
+
+
+def test_a_later_run_removes_the_model_of_the_checkpoint_that_it_removes(
+    bucket: str, tmp_path: Path
+) -> None:
+    train(tmp_path / "first", bucket)
+    (best,) = stems(bucket, ".ckpt") - {"last"}
+    later = RemoteModels(tmp_path / "second")
+    model = later.local(f"{bucket}/{best}.onnx")
+    later.remove(model, f"{bucket}/another.ckpt")
+    assert best in stems(bucket, ".onnx")
+    later.remove(model, f"{bucket}/{best}.ckpt")
+    assert stems(bucket, ".onnx") == stems(bucket, ".onnx.json") == {"last"}
+
+
+def test_a_failed_upload_leaves_no_model_of_older_weights(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = RemoteModels(tmp_path)
+    model = models.local(f"{bucket}/model.onnx")
+    report = onnxport.export(torch.nn.Linear(2, 1), torch.randn(3, 2), model, core="trace")
+    assert models.deliver(report, model).ok
+    assert stems(bucket, ".onnx") == {"model"}
+    put = models._put
+
+    def half(file: Path, url: str) -> None:
+        if url.endswith(".onnx"):
+            raise OSError("token expired (injected)")
+        put(file, url)
+
+    monkeypatch.setattr(models, "_put", half)
+    failed = models.deliver(report, model)
+    assert "token expired" in str(failed.error)
+    assert stems(bucket, "") == set()
+    assert "token expired" in model.with_name("model.onnx.json").read_text()
+
+
+def test_nothing_of_a_callback_binds_it_to_this_process(tmp_path: Path, bucket: str) -> None:
+    export, _ = train(tmp_path, bucket)
+    assert copy.deepcopy(export).reports == export.reports
 
 
 @pytest.fixture

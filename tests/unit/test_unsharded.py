@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -83,21 +83,25 @@ def test_a_sharded_module_becomes_an_ordinary_one() -> None:
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("where", ["_room_for", "_keep"])
 def test_where_there_is_no_room_all_processes_still_do_their_part(
-    monkeypatch: pytest.MonkeyPatch,
+    where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     state, together = module.state_dict(), []
-    put_together = unsharded._put_together
-    monkeypatch.setattr(
-        unsharded, "_put_together", lambda part: together.append(1) or put_together(part)
-    )
+    gather = unsharded._together
+
+    def counted(part: torch.Tensor) -> Any:
+        together.append(1)
+        return gather(part)
+
+    monkeypatch.setattr(unsharded, "_together", counted)
 
     def full(*_: object, **__: object) -> None:
         raise MemoryError("no room (injected)")
 
-    monkeypatch.setattr(unsharded, "_room_for", full)
+    monkeypatch.setattr(unsharded, where, full)
     with pytest.raises(ExportError, match="could not be kept: no room"):
         gathered(state, keep=True)
     assert len(together) == len(state)

@@ -7,28 +7,33 @@ to, so that whoever finds the model finds it whole. ``fsspec`` writes, as it doe
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import shutil
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
+from typing_extensions import override
+
+from onnxport.errors import PublishError
 from onnxport.exporter.writer import DATA_SUFFIX, REPORT_SUFFIX, model_files, report_path
 from onnxport.pipeline.report_files import save_report
+from onnxport.report import ExportReport
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    from onnxport.report import ExportReport
-
-__all__ = ["RemoteModels", "is_remote", "remote_exists"]
+__all__ = ["RemoteModels", "is_remote", "remote_exists", "short_name"]
 
 logger = logging.getLogger(__name__)
 
 _LOCAL = frozenset({"file", "local"})
 _CHUNK_BYTES = 2**22
+_READABLE = 60
+"""Characters of a URL that its folder here is named after."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -52,6 +57,12 @@ def remote_exists(url: str) -> bool:
         return False
 
 
+def short_name(url: str) -> str:
+    """Return the name of a folder that stands for a URL, and for no other one."""
+    readable = re.sub(r"[^\w.=-]+", "-", url, flags=re.ASCII)[-_READABLE:].lstrip(".-")
+    return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
 class RemoteModels:
     """Models of checkpoints on remote file systems.
 
@@ -63,7 +74,12 @@ class RemoteModels:
         self._home = home
         self._urls: dict[Path, str] = {}
         self._systems = _Systems()
-        self._turn = threading.RLock()
+        self._writing = _Systems()  # what training removes must not wait for what is written
+        self._turn = threading.Lock()
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteModels, (self._home,)
 
     def local(self, url: str) -> Path:
         """Return where a file is made that belongs at a URL.
@@ -72,7 +88,7 @@ class RemoteModels:
             url: Of a model.
         """
         folder, _, name = url.rpartition("/")
-        path = self._home / quote(folder, safe="") / name
+        path = self._home / short_name(folder) / name
         self._urls[path] = url
         return path
 
@@ -95,24 +111,27 @@ class RemoteModels:
         if url is None:
             return report
         placed = replace(report, path=url)
-        failure: Exception | None = None
         try:
+            self._require_ours(url)
             save_report(placed, model)
-            folder = url.rpartition("/")[0]
-            for file in (*reversed(model_files(model)), report_path(model)):
-                self._put(file, f"{folder}/{file.name}")
-        except Exception as error:  # noqa: BLE001 - any file system, with errors of its own
-            failure = error
+            self._put_all(model, url)
+        except Exception as error:  # any file system, with errors of its own
+            logger.debug("%s could not be put there", url, exc_info=True)
+            placed = replace(
+                report,
+                ok=False,
+                error=(
+                    f"The model is proven and lies in {model}, but could not be put beside its "
+                    f"checkpoint, at {url}: {type(error).__name__}: {error}"
+                ),
+            )
         if not model.exists():
             self.remove(model)
             return None
-        if failure is None:
-            return placed
-        text = (
-            f"The model is proven and lies in {model}, but could not be put beside its checkpoint, "
-            f"at {url}: {type(failure).__name__}: {failure}"
-        )
-        return replace(report, ok=False, error=text)
+        if not placed.ok:
+            self.remove(model)  # an older model would hold other weights
+            save_report(placed, model)
+        return placed
 
     def update(self, model: Path) -> None:
         """Copy a report that has changed."""
@@ -123,26 +142,69 @@ class RemoteModels:
             self._put(report_path(model), f"{url}{REPORT_SUFFIX}")
         except Exception as error:  # noqa: BLE001 - as above
             logger.warning("The report of %s could not be renewed: %s", url, error)
+        if not model.exists():
+            self.remove(model)
 
-    def remove(self, model: Path) -> None:
-        """Remove what was put beside a checkpoint."""
+    def remove(self, model: Path, checkpoint: str | None = None) -> None:
+        """Remove what was put beside a checkpoint; files of somebody else stay.
+
+        Args:
+            model: The model on this machine, which may be gone.
+            checkpoint: If given, the model of another checkpoint stays, too.
+        """
         url = self.url(model)
         if url is None:
             return
-        folder = url.rpartition("/")[0]
-        names = (model.name, f"{model.name}{DATA_SUFFIX}", report_path(model).name)
-        for place in (f"{folder}/{name}" for name in names):
-            try:
-                system, path = self._systems.of(place)
-                if system.exists(path):
-                    system.rm_file(path)
-            except Exception as error:  # noqa: BLE001 - as above
-                logger.warning("%s was not removed with its checkpoint: %s", place, error)
+        try:
+            report = self._report(url)
+            if report is None or checkpoint not in {None, report.checkpoint}:
+                return
+            for suffix in ("", DATA_SUFFIX, REPORT_SUFFIX):
+                self._remove(f"{url}{suffix}")
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.warning("%s was not removed with its checkpoint: %s", url, error)
+
+    def _put_all(self, model: Path, url: str) -> None:
+        # The report is first, because it says whose the others are. A graph must not be found
+        # beside the data of another one.
+        self._put(report_path(model), f"{url}{REPORT_SUFFIX}")
+        files = model_files(model)
+        data = model.with_name(model.name + DATA_SUFFIX)
+        if data in files:
+            self._remove(url)
+            self._put(data, f"{url}{DATA_SUFFIX}")
+        self._put(model, url)
+        if data not in files:
+            self._remove(f"{url}{DATA_SUFFIX}")
+
+    def _require_ours(self, url: str) -> None:
+        """Make sure that a name is free, or taken by a model of ours.
+
+        Raises:
+            PublishError: If a file of somebody else is there.
+        """
+        system, path = self._systems.of(url)
+        taken = system.exists(path) or system.exists(f"{path}{REPORT_SUFFIX}")
+        if taken and self._report(url) is None:
+            raise PublishError(f"{url} was not written by onnxport and is left alone.")
+
+    def _report(self, url: str) -> ExportReport | None:
+        """Read the report of a model that is there; ``None``: there is none of ours."""
+        system, path = self._systems.of(url)
+        try:
+            return ExportReport.from_json(system.cat_file(f"{path}{REPORT_SUFFIX}").decode())
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def _remove(self, url: str) -> None:
+        system, path = self._systems.of(url)
+        if system.exists(path):
+            system.rm_file(path)
 
     def _put(self, file: Path, url: str) -> None:
         """Copy a file; it is there as a whole or not at all."""
-        with self._turn:
-            system, path = self._systems.of(url)
+        with self._turn:  # a file system has one transaction
+            system, path = self._writing.of(url)
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             with system.transaction, system.open(path, "wb") as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)
@@ -166,4 +228,5 @@ class _Systems:
         if place not in self._known:
             self._known[place], _ = url_to_fs(url, skip_instance_cache=True)
         system = self._known[place]
+        system.invalidate_cache()  # others write there
         return system, str(system._strip_protocol(url))  # noqa: SLF001 - as fsspec.core does

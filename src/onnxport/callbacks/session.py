@@ -235,7 +235,7 @@ class ExportSession:
                 logger.debug("%s is gone; it gets no model.", path)
                 return
             seconds["total"] = time.perf_counter() - start
-            if report.ok and self._remote is not None:
+            if report.ok and self._remote is not None:  # an upload may take long
                 report = self._remote.deliver(report, path)
                 if report is None:
                     return
@@ -251,7 +251,7 @@ class ExportSession:
                 self._track(path)
 
         self._latest[path] = _Begun(place, origin)
-        if alive:  # what another run has noted says more
+        if alive and not self._is_elsewhere(path):  # what another run has noted says more
             note(path, self._name, origin)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
@@ -331,11 +331,7 @@ class ExportSession:
                 job, live = self._job(saved, alive=alive)
                 if publish:
                     self._folders.add(saved.path.parent)
-                    template = template_path(saved.path, self._id)
-                    job = replace(job, template=template)
-                    if job.reference is not None and alive:
-                        address = None if self._outbox is None else self._address
-                        note(saved.path, self._name, saved.origin, job, address)
+                    job = self._noted(job, saved, alive=alive)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except Exception as error:
             logger.debug("The export could not start", exc_info=True)
@@ -345,6 +341,19 @@ class ExportSession:
                 else f"{type(error).__name__}: {error}"
             )
             finished(Outcome(ExportReport.of_failure(text, saved.origin)))
+
+    def _noted(self, job: ExportJob, saved: Saved, *, alive: bool) -> ExportJob:
+        """Note how a model can be made later, and where its graph will lie."""
+        if self._is_elsewhere(saved.path):  # its checkpoint cannot be read from a folder
+            return job
+        job = replace(job, template=template_path(saved.path, self._id))
+        if job.reference is not None and alive:
+            address = None if self._outbox is None else self._address
+            note(saved.path, self._name, saved.origin, job, address)
+        return job
+
+    def _is_elsewhere(self, path: Path) -> bool:
+        return self._remote is not None and self._remote.url(path) is not None
 
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
@@ -362,6 +371,8 @@ class ExportSession:
         settle(path)
         if checkpoint is None or is_model_of(path, Path(checkpoint)):
             self._remove(path)
+        elif self._remote is not None:  # another run may have made it
+            self._remote.remove(path, checkpoint)
 
     def _remove(self, path: Path) -> None:
         if self._outbox is not None:

@@ -23,6 +23,7 @@ class SharedWeights(dict[str, Any]):
 
     Raises:
         OSError: If the system has no such files, or no room for this one.
+        Exception: Whatever torch raises for tensors that it cannot lay out.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:

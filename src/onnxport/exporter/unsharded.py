@@ -8,6 +8,7 @@ whole tensors does not.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,20 +55,28 @@ def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
     if keep:
         try:
             whole = _room_for(state)
-        except (OSError, RuntimeError, MemoryError) as error:  # the others wait for this process
+        except Exception as error:  # noqa: BLE001 - the others wait for this process
             failure = error
     with torch.no_grad(), torch.inference_mode(False):
         for name, value in state.items():
-            tensor = _put_together(value) if _is_part(value) else value
-            if not keep or failure is not None:
-                continue
-            if isinstance(tensor, torch.Tensor):
-                whole[name].copy_(tensor.detach())
-            else:
-                whole[name] = tensor
+            with _together(value) as tensor:
+                if not keep or failure is not None:
+                    continue
+                try:
+                    _keep(whole, name, tensor)
+                except Exception as error:  # noqa: BLE001 - as above
+                    failure = error
+                    whole.clear()
     if failure is not None:
         raise ExportError(f"The whole weights could not be kept: {failure}") from failure
     return whole
+
+
+def _keep(whole: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        whole[name].copy_(value.detach())
+    else:
+        whole[name] = value
 
 
 def _room_for(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def _room_for(state: Mapping[str, Any]) -> dict[str, Any]:
     }
     try:
         return SharedWeights(shapes)
-    except OSError:
+    except Exception:  # no such files, no room, or tensors of a kind that has no data
         logger.debug("Whole weights are kept where no other process sees them.", exc_info=True)
         return {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in shapes.items()}
 
@@ -129,15 +138,19 @@ def _is_part(tensor: Any) -> bool:
     )
 
 
-def _put_together(tensor: Any) -> torch.Tensor:
-    if hasattr(tensor, "ds_id"):
+@contextmanager
+def _together(value: Any) -> Iterator[Any]:
+    """Give a whole tensor for a part of one; all processes must come here. Others stay."""
+    if hasattr(value, "ds_id"):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
-    # A part that was brought to the CPU must go back to where its processes speak to each other.
-    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-    return whole
+        with deepspeed.zero.GatheredParameters([value]):
+            yield value
+    elif _is_part(value):
+        # A part that was brought to the CPU must go back to where its processes speak.
+        yield value.to(value.device_mesh.device_type).full_tensor()
+    else:
+        yield value
 
 
 def _stand_in(name: str, tensor: torch.Tensor, state: Mapping[str, Any]) -> torch.Tensor:

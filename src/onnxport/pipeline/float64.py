@@ -7,7 +7,6 @@ wide, and let go again, so that there is never more than one large parameter in 
 from __future__ import annotations
 
 import copy
-import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,12 @@ LARGE_MODULE = 2**28
 """Bytes of parameters; a smaller module is copied as a whole."""
 LARGE_PARAMETER = 2**22
 """Bytes; smaller parameters are copied at once."""
+_WRITING = frozenset(
+    {"__setitem__", "__set__"}
+    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
+    | {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")}
+)
+"""Operators of Python that change what they are applied to."""
 
 
 class Float64:
@@ -106,7 +111,7 @@ class _Widening(TorchFunctionMode):
 
     def _writes(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         name = getattr(func, "__name__", "")
-        in_place = name in {"__setitem__", "__set__"} or re.fullmatch(r"(__i\w+__|.*[^_]_)", name)
+        in_place = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
         return bool(in_place and args and id(args[0]) in self._ids)
 
     def _widened(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from platformdirs import user_cache_path
 from typing_extensions import override
@@ -23,6 +22,7 @@ from onnxport.callbacks.lightning.facts import (
     best_checkpoint,
     checkpoint_roots,
     file_of,
+    is_handed_over,
     is_redirected,
     origin_of,
     run_address,
@@ -47,7 +47,7 @@ from onnxport.callbacks.options import (
     read_targets,
 )
 from onnxport.callbacks.paths import ModelPaths
-from onnxport.callbacks.remote import RemoteModels, is_remote
+from onnxport.callbacks.remote import RemoteModels, is_remote, short_name
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.sync import keep_record
@@ -86,6 +86,12 @@ show its other sizes in a later epoch only."""
 
 DRAIN_AFTER_ERROR_S = 15.0
 """How long models are waited for when training ended by an error or by Ctrl-C."""
+
+HAND_OVER_S = 300.0
+"""How long a checkpoint that is handed over waits for its model: other processes wait meanwhile,
+and are ended after ten minutes by default (NCCL)."""
+
+PAUSE_S = 0.02
 
 _SAME_NAMES = (
     "Two OnnxExport callbacks of one trainer would write the same files, so only the first of them "
@@ -423,11 +429,22 @@ class OnnxExport(metaclass=FrameworkAware):
         with _never_raises(f"exporting {path}"):
             origin = origin_of(trainer, path, self._measured)
             self._save(trainer, content["state_dict"], path, origin, file=file_of(trainer, path))
+            if self.background is not None and is_handed_over(trainer, path):
+                self._hand_over(path)
             if self._ended and self.background is not None:  # nobody will wait for it later
                 limit_s = DRAIN_AFTER_ERROR_S if self._failed else self.background.drain_s
                 end = time.monotonic() + limit_s
                 self._drain(trainer, limit_s)
                 self._finish_tracking(end - time.monotonic())
+
+    def _hand_over(self, path: str) -> None:
+        """Wait for the models of a checkpoint whose folder is given away."""
+        end = time.monotonic() + HAND_OVER_S
+        while any(session.unfinished for session in self._sessions.values()):
+            if time.monotonic() > end:
+                logger.warning("%s is handed over without a model. Training goes on.", path)
+                return
+            time.sleep(PAUSE_S)
 
     def _on_refused(self, trainer: Any, reason: str, path: str) -> None:
         with _never_raises(f"refusing {path}"):
@@ -601,7 +618,7 @@ def _folder_here(root: str) -> Path:
     """Return a folder of this machine for a run: its own, or one in a cache."""
     if not is_remote(root):
         return Path(root)
-    return user_cache_path("onnxport") / "runs" / quote(root, safe="")
+    return user_cache_path("onnxport") / "runs" / short_name(root)
 
 
 @contextmanager

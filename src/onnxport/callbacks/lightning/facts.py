@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "best_checkpoint",
     "checkpoint_roots",
+    "is_handed_over",
     "is_redirected",
     "origin_of",
     "run_address",
@@ -80,6 +81,15 @@ def origin_of(trainer: Any, checkpoint: str, measured: Measured | None = None) -
         monitor=getattr(deciding, "monitor", None),
         mode="max" if getattr(deciding, "mode", "min") == "max" else "min",
     )
+
+
+def is_handed_over(trainer: Any, checkpoint: str) -> bool:
+    """Tell whether a checkpoint's folder is given away as soon as it is saved, and then removed.
+
+    Ray Train's callback reports it so: a model that comes later would not be in it.
+    """
+    prefixes = (getattr(callback, "tmpdir_prefix", None) for callback in trainer.callbacks)
+    return any(prefix and Path(checkpoint).is_relative_to(prefix) for prefix in prefixes)
 
 
 def checkpoint_roots(trainer: Any) -> list[str]:

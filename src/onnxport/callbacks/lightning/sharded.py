@@ -58,9 +58,13 @@ class GatheringSave:
     def __call__(self, checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save, gather, report."""
         state = checkpoint.get("state_dict", {})  # the strategy may take it out
-        if is_deepspeed(self.strategy):  # it writes the weights of the module, and not these
-            state = live_state(self.strategy)
         result = self.save(checkpoint, filepath, *args, **kwargs)
+        if is_deepspeed(self.strategy):  # it has written the weights of the module, and not these
+            try:
+                state = live_state(self.strategy)
+            except Exception:
+                logger.exception("No model for %s. Training goes on.", filepath)
+                return result
         if is_spread(state) or is_deepspeed(self.strategy):
             self._report(state, str(filepath))
         elif Path(filepath).is_dir() and self.strategy.global_rank == 0:
