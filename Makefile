@@ -44,7 +44,7 @@ exhaustive: $(STAMP)
 
 test-scale: $(STAMP)
 	@$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt --group scale >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration/test_spark.py tests/integration/test_ray.py tests/distributed/test_deepspeed.py tests/integration/test_remote.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration/test_spark.py tests/integration/test_ray.py tests/distributed/test_deepspeed.py tests/distributed/test_ray_train.py tests/integration/test_remote.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

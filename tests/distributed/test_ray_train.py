@@ -13,7 +13,7 @@ import onnxport
 from onnxport.exporter.ownership import read_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 ray = pytest.importorskip("ray", reason="make test-scale installs it")
@@ -26,35 +26,40 @@ pytestmark = [
 ]
 
 
-def train(options: dict[str, Any]) -> None:
-    """Run in each worker; the same callback as anywhere else."""
-    import sys
+def loop() -> Callable[[dict[str, Any]], None]:
+    """Return what each worker runs; by value, because Ray's processes know no test."""
 
-    sys.path.insert(0, options["tests"])
-    import lightning.pytorch as pl
-    import zoo
-    from ray.train.lightning import (
-        RayDDPStrategy,
-        RayLightningEnvironment,
-        RayTrainReportCallback,
-        prepare_trainer,
-    )
+    def train(options: dict[str, Any]) -> None:
+        """Run in each worker; the same callback as anywhere else."""
+        import sys
 
-    from onnxport import OnnxExport
+        sys.path.insert(0, options["tests"])
+        import lightning.pytorch as pl
+        import zoo
+        from ray.train.lightning import (
+            RayDDPStrategy,
+            RayLightningEnvironment,
+            RayTrainReportCallback,
+            prepare_trainer,
+        )
 
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices="auto",
-        strategy=RayDDPStrategy(),
-        plugins=[RayLightningEnvironment()],
-        callbacks=[RayTrainReportCallback(), OnnxExport(core="trace")],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        logger=False,
-    )
-    trainer = prepare_trainer(trainer)
-    trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader(32), zoo.loader(32, shuffle=False))
+        from onnxport import OnnxExport
+
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            devices="auto",
+            strategy=RayDDPStrategy(),
+            plugins=[RayLightningEnvironment()],
+            callbacks=[RayTrainReportCallback(), OnnxExport(core="trace")],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            logger=False,
+        )
+        trainer = prepare_trainer(trainer)
+        trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader(32), zoo.loader(32, shuffle=False))
+
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_the_reported_checkpoint_has_its_model(tmp_path: Path) -> None:
     from ray.train.torch import TorchTrainer
 
     result = TorchTrainer(
-        train,
+        loop(),
         train_loop_config={"tests": TESTS},
         scaling_config=ScalingConfig(num_workers=2, use_gpu=False),
         run_config=RunConfig(name="run", storage_path=str(tmp_path)),
