@@ -54,7 +54,7 @@ SCRIPT = f"""
         root, saves, OnnxExport(core="trace"), Trouble(),
         *([OnExceptionCheckpoint(root / "checkpoints")] if what == "all raise" else []),
         strategy="auto" if devices == 1 else "ddp", devices=devices, epochs=-1,
-        max_time=datetime.timedelta(seconds=8) if what == "max_time" else None,
+        max_time=datetime.timedelta(seconds=5) if what == "max_time" else None,
     )
     if __name__ == "__main__":
         torch.manual_seed(0)
@@ -110,7 +110,10 @@ def test_ctrl_c(devices: int, tmp_path: Path) -> None:
     assert_each_has_a_model(folder)
 
 
-@pytest.mark.parametrize("what", ["all raise", "first raises", "second raises"])
+@pytest.mark.parametrize(
+    "what",
+    ["all raise", "first raises", pytest.param("second raises", marks=pytest.mark.exhaustive)],
+)
 def test_an_exception_of_the_user(what: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with started(textwrap.dedent(SCRIPT), tmp_path, 2, str(tmp_path), what) as family:
