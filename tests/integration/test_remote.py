@@ -193,6 +193,11 @@ def test_a_failed_upload_leaves_no_model_of_older_weights(
     assert "token expired" in model.with_name("model.onnx.json").read_text()
 
 
+def test_a_remote_folder_for_all_models_is_refused() -> None:
+    with pytest.raises(onnxport.ConfigurationError, match="must be a folder of this machine"):
+        OnnxExport(dirpath="s3://bucket/models")
+
+
 def test_nothing_of_a_callback_binds_it_to_this_process(tmp_path: Path, bucket: str) -> None:
     export, _ = train(tmp_path, bucket)
     assert copy.deepcopy(export).reports == export.reports
