@@ -173,8 +173,8 @@ class OnnxExport(metaclass=FrameworkAware):
         require_choice("on_error", on_error, ("warn", "raise"))
         if dirpath is not None and is_remote(dirpath):
             raise ConfigurationError(
-                f"dirpath= must be a folder of this machine, got {str(dirpath)!r}. Without it, models "
-                "lie beside their checkpoints, on remote file systems too."
+                f"dirpath= must be a folder of this machine, got {str(dirpath)!r}. Without it, "
+                "models lie beside their checkpoints, on remote file systems too."
             )
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.cadence = read_when(when)
