@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,3 +109,35 @@ def test_a_model_whose_checkpoint_goes_while_it_is_made_goes_too(
     assert results == []
     assert list(tmp_path.glob("*onnx*")) == []
     worker.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "remote", "trial"])
+def test_copies_of_weights_do_not_pile_up(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "_ensure_thread", lambda _: None)  # it is busy
+    worker, results, orders = Worker(Background()), [], []
+    for number in range(5):
+        one = order(tmp_path, number, results, memory=True)
+        checkpoint = {
+            "file": str(tmp_path / f"{number}.ckpt"),
+            "remote": f"s3://bucket/{number}.ckpt",
+            "trial": None,
+        }[kind]
+        if kind == "file":
+            torch.save({"state_dict": nn.Linear(3, 2).state_dict()}, str(checkpoint))
+        one.job = replace(one.job, provenance=Provenance(checkpoint=checkpoint))
+        orders.append(one)
+        worker.submit(one)
+    held = [one for one in orders if one.weights is not None]
+    if kind == "trial":  # comes once: nothing else holds its weights, and it is no checkpoint
+        assert held == orders
+        assert results == []
+        return
+    assert held == orders[-client.MAX_COPIES :]
+    assert [one.job.weights.path is not None for one in orders[:3]] == [kind == "file"] * 3
+    assert len(results) == (3 if kind == "remote" else 0)
+    assert all("Save less often" in str(result) for result in results)
+    assert len(worker.unfinished()) == (2 if kind == "remote" else 5)
+    for one in held:
+        one.finish(client.WorkerError("the end of the test"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.errors import WorkerError
+from onnxport.exporter.checkpoint_file import is_checkpoint
 from onnxport.exporter.skeleton import pickle_by_value
 from onnxport.exporter.writer import remove_model
 from onnxport.worker.process import WorkerProcess
@@ -45,6 +46,11 @@ MAX_DEATHS = 6
 
 MAX_COPIES = 2
 """How many sets of weights may wait in memory."""
+
+_TOO_MANY = (
+    f"More than {MAX_COPIES} later checkpoints came while it waited, and its weights can be read "
+    "from no folder of this machine. Save less often, or export fewer with when=Cadence(...)."
+)
 
 CLOSE_LIMIT_S = 10.0
 """How long the end of the program waits for the thread."""
@@ -151,9 +157,11 @@ class Worker:
         with self._changed:
             self._drop_waiting(order.job.path)
             self._queue.waiting.append(order)
-            self._spare_memory()
+            given_up = self._spare_memory()
             self._ensure_thread()
             self._changed.notify_all()
+        for one in given_up:
+            one.finish(WorkerError(_TOO_MANY))
 
     def forget(self, path: Path) -> None:
         """A checkpoint was removed: what waits for its model is dropped, silently."""
@@ -229,15 +237,29 @@ class Worker:
             self._thread = threading.Thread(target=self._look_after, daemon=True, name="onnxport")
             self._thread.start()
 
-    def _spare_memory(self) -> None:
-        """Copies of weights must not pile up: by now a checkpoint's file may be there."""
-        copies = [order for order in self._queue.waiting if order.weights is not None]
+    def _spare_memory(self) -> list[Order]:
+        """Copies of weights must not pile up: by now a checkpoint may be there to be read.
+
+        Returns:
+            Orders whose weights are nowhere else; they wait no more.
+        """
+        given_up = []
+        # Trials, and weights of no checkpoint, come once.
+        copies = [
+            order
+            for order in self._queue.waiting
+            if order.weights is not None and order.job.provenance.checkpoint
+        ]
         for order in copies[:-MAX_COPIES]:
-            checkpoint = Path(order.job.provenance.checkpoint or "")
-            if order.weights is not None and checkpoint.is_file():
+            checkpoint = Path(str(order.job.provenance.checkpoint))
+            if not is_checkpoint(checkpoint):  # on a remote file system
+                self._queue.waiting.remove(order)
+                given_up.append(order)
+            elif order.weights is not None:
                 os.close(order.weights)
                 order.weights = None
                 order.job = replace(order.job, weights=WeightsFile.of_checkpoint(checkpoint))
+        return given_up
 
     def _drop_waiting(self, path: Path) -> None:
         for order in [order for order in self._queue.waiting if order.job.path == path]:

@@ -92,6 +92,7 @@ HAND_OVER_S = 300.0
 and are ended after ten minutes by default (NCCL)."""
 
 PAUSE_S = 0.02
+"""How often it looks."""
 
 _SAME_NAMES = (
     "Two OnnxExport callbacks of one trainer would write the same files, so only the first of them "
@@ -381,7 +382,9 @@ class OnnxExport(metaclass=FrameworkAware):
             return pl_module.state_dict  # type: ignore[no-any-return]
         if self._batches != OBSERVED_FIRST + 1 or not runs_alone(trainer.strategy):
             return None
-        needed = any(session.awaits_trial for session in self._sessions.values())
+        needed = False
+        with _never_raises("the export before the first checkpoint"):
+            needed = any(session.awaits_trial for session in self._sessions.values())
         return self._gathered(trainer, needed)
 
     def _gathered(self, trainer: Any, needed: bool) -> Callable[[], Mapping[str, Any]]:
