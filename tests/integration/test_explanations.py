@@ -32,6 +32,7 @@ from onnxport.exporter.torchscript import ScriptCore, TraceCore
 from onnxport.tree import flatten
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.integration
@@ -375,6 +376,15 @@ def asked_for(module: nn.Module) -> ExportRequest:
         output_axes=({0: "batch"},),
         opset=20,
     )
+
+
+@pytest.fixture(autouse=True)
+def _checked_distributions() -> Iterator[None]:
+    """``torch.compile``, wherever it was used before, turns these checks off for the process."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(True)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def failure(request: ExportRequest, core: str) -> Exception:
