@@ -24,11 +24,11 @@ class Turns:
     def take(self, work: Callable[[], None]) -> None:
         """Do work now, or, if other work has been interrupted for this, when that is done."""
         self._waiting.append(work)
-        if self._busy:
-            return
-        while self._waiting:
+        # A signal may come between any two of these lines; what it adds is found by either loop.
+        while self._waiting and not self._busy:
             self._busy = True
             try:
-                self._waiting.pop(0)()
+                while self._waiting:
+                    self._waiting.pop(0)()
             finally:
                 self._busy = False
