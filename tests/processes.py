@@ -70,9 +70,15 @@ class Family:
             assert time.monotonic() < end, self.said[-4000:]
             time.sleep(0.05)
 
-    def signal(self, number: int) -> None:
-        """Send a signal to each process that there is, as a terminal or a cluster does."""
-        for process in self.living():
+    def signal(self, number: int, *, ranks: bool = True) -> None:
+        """Send a signal to each process that there is, as a terminal or a cluster does.
+
+        Args:
+            number: Of the signal.
+            ranks: Whether those that run the script get it, too.
+        """
+        spared = () if ranks else {rank.pid for rank in self.ranks}
+        for process in set(self.living()).difference(spared):
             try:
                 os.kill(process, number)
             except ProcessLookupError:

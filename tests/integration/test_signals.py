@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import zoo
+from lightning.pytorch import plugins
 from torch import nn
 
 import onnxport
 from onnxport import OnnxExport
+from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.turns import Turns
 from onnxport.exporter.ownership import read_metadata
 
@@ -43,7 +45,7 @@ class Warned(nn.Module):
         return self.inner(image)
 
 
-class Saved(zoo.Classifier):
+class Checkpointed(zoo.Classifier):
     """Is warned while its first checkpoint becomes a model."""
 
     saves = 0
@@ -65,7 +67,7 @@ def train(root: Path, callback: OnnxExport | None) -> tuple[pl.Trainer, list[flo
     trainer = zoo.trainer(root, zoo.checkpoints(root), *([callback] if callback else []))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(root / "warned.ckpt"))
     torch.manual_seed(0)
-    module = Saved(Warned())
+    module = Checkpointed(Warned())
     trainer.fit(module, zoo.loader(), zoo.loader(shuffle=False))
     return trainer, module.losses
 
@@ -87,6 +89,56 @@ def test_a_save_in_the_middle_of_a_model(
             state = torch.load(model.with_suffix(".ckpt"), weights_only=False)["state_dict"]
             assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
     assert losses == train(tmp_path / "plain", None)[1]
+
+
+class TorchCheckpointIO(plugins.TorchCheckpointIO):
+    """Lightning's own; Ctrl-C comes when a checkpoint was overwritten and nobody knows yet."""
+
+    saves = 0
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.saves += str(path).endswith("last.ckpt")
+        if self.saves == SECOND:
+            raise KeyboardInterrupt
+
+
+SECOND = 2
+
+
+@pytest.mark.worker
+@pytest.mark.parametrize("where", ["before we know", "in our own code"])
+@pytest.mark.parametrize("background", [True, False])
+def test_ctrl_c_between_a_checkpoint_and_its_model(
+    where: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = 0
+    saved = ExportSession.saved
+
+    def interrupted(self: ExportSession, one: Saved, **options: Any) -> None:
+        nonlocal last
+        last += one.path.name == "last.onnx"
+        if last == SECOND:
+            last += 1  # once
+            raise KeyboardInterrupt
+        saved(self, one, **options)
+
+    plugin = [TorchCheckpointIO()] if where == "before we know" else None
+    if plugin is None:
+        monkeypatch.setattr(ExportSession, "saved", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    saves = zoo.checkpoints(tmp_path, save_top_k=1, save_last=True, monitor="val_loss")
+    export = OnnxExport(core="trace", background=background)
+    trainer = zoo.trainer(tmp_path, saves, export, epochs=9, plugins=plugin)
+    with pytest.raises(SystemExit):
+        trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader(), zoo.loader(shuffle=False))
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert [report.error for report in export.reports if not report.ok] == []
+    models = sorted(path.stem for path in tmp_path.rglob("*.onnx"))
+    assert models == sorted(path.stem for path in tmp_path.rglob("*.ckpt"))
+    for model in tmp_path.rglob("*.onnx"):
+        state = torch.load(model.with_suffix(".ckpt"), weights_only=False)["state_dict"]
+        assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
 
 
 def test_what_interrupts_work_comes_after_it() -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     OnSaved = Callable[[dict[str, Any], str], None]
     OnRemoved = Callable[[str], None]
+    OnInterrupted = Callable[[str], None]
 
 __all__ = ["MirroredCheckpointIO"]
 
@@ -26,30 +27,49 @@ class MirroredCheckpointIO:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.listeners: dict[Any, tuple[OnSaved, OnRemoved]] = {}
+        self.listeners: dict[Any, tuple[OnSaved, OnRemoved, OnInterrupted]] = {}
 
-    def listen(self, key: Any, on_saved: OnSaved, on_removed: OnRemoved) -> None:
+    def listen(
+        self,
+        key: Any,
+        on_saved: OnSaved,
+        on_removed: OnRemoved,
+        on_interrupted: OnInterrupted = lambda _: None,
+    ) -> None:
         """Report to somebody from now on.
 
         Args:
             key: Who listens; who listens again takes the place of their earlier self.
             on_saved: Called with the checkpoint's content and path once it was saved.
             on_removed: Called with the path once it was removed.
+            on_interrupted: Called with the path if Ctrl-C or an exit came while it was saved, or
+                while ``on_saved`` was called: nobody knows how far that got.
         """
-        self.listeners[key] = (on_saved, on_removed)
+        self.listeners[key] = (on_saved, on_removed, on_interrupted)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save, then report."""
-        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        for on_saved, _ in tuple(self.listeners.values()):
-            on_saved(checkpoint, str(path))
+        """Save, then report.
+
+        Raises:
+            KeyboardInterrupt: Goes on.
+            SystemExit: Goes on.
+        """
+        listeners = tuple(self.listeners.values())
+        try:
+            self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+            for on_saved, _, _ in listeners:
+                on_saved(checkpoint, str(path))
+        except (KeyboardInterrupt, SystemExit):
+            for _, _, on_interrupted in listeners:
+                on_interrupted(str(path))
+            raise
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove, then report."""
         self.inner.remove_checkpoint(path)
-        for _, on_removed in tuple(self.listeners.values()):
+        for _, on_removed, _ in tuple(self.listeners.values()):
             on_removed(str(path))
 
     def __getattr__(self, name: str) -> Any:

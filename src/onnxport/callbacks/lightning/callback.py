@@ -54,6 +54,7 @@ from onnxport.callbacks.sync import keep_record
 from onnxport.callbacks.turns import Turns
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
 from onnxport.errors import ConfigurationError, ExportError
+from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered
 from onnxport.report import ExportReport
 from onnxport.tracking.job import jobs_in, model_of
@@ -195,6 +196,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._root, self._folder = "", Path()
         self._remote = RemoteModels(self._folder)
         self._paths = ModelPaths(self.dirpath)
+        self._interrupted: list[str] = []
         self._linked = 0
         self._batches = 0
         self._ended = self._failed = False
@@ -261,6 +263,7 @@ class OnnxExport(metaclass=FrameworkAware):
             id(self),
             lambda content, path: self._on_saved(trainer, content, path),
             self._on_removed,
+            self._interrupted.append,
         )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -359,6 +362,10 @@ class OnnxExport(metaclass=FrameworkAware):
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        interrupted = dict.fromkeys(self._interrupted if self._sessions else ())
+        self._interrupted.clear()
+        for path in interrupted:
+            self._begin_again(trainer, path)
         self._ended = self._failed = True
         end = time.monotonic() + DRAIN_AFTER_ERROR_S
         with _never_raises("the end of training by an error"):
@@ -444,6 +451,13 @@ class OnnxExport(metaclass=FrameworkAware):
                 end = time.monotonic() + limit_s
                 self._drain(trainer, limit_s)
                 self._finish_tracking(end - time.monotonic())
+
+    def _begin_again(self, trainer: Any, path: str) -> None:
+        """Make the models of a checkpoint whose save was broken off, if it is there after all."""
+        with _never_raises(f"exporting {path}"):
+            file = file_of(trainer, path)
+            if file is not None:
+                self._on_wanted(trainer, {"state_dict": read_state_dict(file)}, path)
 
     def _hand_over(self, path: str) -> None:
         """Wait for the models of a checkpoint whose folder is given away."""
