@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 import torch
 from torch import nn
 
+import onnxport
 from onnxport import Background
 from onnxport.callbacks.runner import _copied
 from onnxport.config import ExportOptions
+from onnxport.errors import WorkerError
+from onnxport.exporter.ownership import read_metadata
 from onnxport.report import Provenance
 from onnxport.tree import Example
-from onnxport.worker import client
+from onnxport.worker import aside, client
 from onnxport.worker.client import Order, Worker
 from onnxport.worker.protocol import Done, SentJob, WeightsFile
 
 if TYPE_CHECKING:
-    from onnxport.errors import WorkerError
+    from collections.abc import Callable
 
 pytestmark = [pytest.mark.integration, pytest.mark.worker]
 
@@ -111,12 +115,9 @@ def test_a_model_whose_checkpoint_goes_while_it_is_made_goes_too(
     worker.close()
 
 
-@pytest.mark.parametrize("kind", ["file", "remote", "trial"])
-def test_copies_of_weights_do_not_pile_up(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Worker, "_ensure_thread", lambda _: None)  # it is busy
-    worker, results, orders = Worker(Background()), [], []
+def queued(worker: Worker, tmp_path: Path, results: list[Any], kind: str) -> list[Order]:
+    """Queue five sets of weights in memory."""
+    orders = []
     for number in range(5):
         one = order(tmp_path, number, results, memory=True)
         checkpoint = {
@@ -129,15 +130,104 @@ def test_copies_of_weights_do_not_pile_up(
         one.job = replace(one.job, provenance=Provenance(checkpoint=checkpoint))
         orders.append(one)
         worker.submit(one)
-    held = [one for one in orders if one.weights is not None]
-    if kind == "trial":  # comes once: nothing else holds its weights, and it is no checkpoint
-        assert held == orders
-        assert results == []
-        return
-    assert held == orders[-client.MAX_COPIES :]
-    assert [one.job.weights.path is not None for one in orders[:3]] == [kind == "file"] * 3
-    assert len(results) == (3 if kind == "remote" else 0)
-    assert all("Save less often" in str(result) for result in results)
-    assert len(worker.unfinished()) == (2 if kind == "remote" else 5)
+    return orders
+
+
+def in_memory(one: Order) -> bool:
+    return one.weights is not None and "memfd:" in str(
+        Path(f"/proc/self/fd/{one.weights}").readlink()
+    )
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """A worker that takes no order."""
+    monkeypatch.setattr(Worker, "_ensure_thread", lambda _: None)
+    return Worker(Background())
+
+
+@pytest.mark.parametrize("kind", ["file", "trial"])
+def test_copies_of_weights_do_not_pile_up(kind: str, busy: Worker, tmp_path: Path) -> None:
+    results: list[Any] = []
+    orders = queued(busy, tmp_path, results, kind)
+    held = [one for one in orders if in_memory(one)]
+    # A trial comes once: nothing else holds its weights, and it is no checkpoint.
+    assert held == (orders if kind == "trial" else orders[-client.MAX_COPIES :])
+    for one in set(orders) - set(held):
+        assert one.weights is None
+        assert one.job.weights.path is not None
+    assert results == []
+    assert len(busy.unfinished()) == len(orders)
     for one in held:
-        one.finish(client.WorkerError("the end of the test"))
+        one.finish(WorkerError("the end of the test"))
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert happened()
+
+
+def test_weights_that_can_be_read_from_no_folder_are_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_ensure_thread", lambda _: None)  # it is busy
+        worker, results = Worker(Background()), []
+        orders = queued(worker, tmp_path, results, "remote")
+        wanted = [torch.load(f"/proc/self/fd/{one.weights}") for one in orders]
+        until(lambda: sum(map(in_memory, orders)) == client.MAX_COPIES)
+        assert [in_memory(one) for one in orders] == [False] * 3 + [True] * 2
+        assert all(one.weights is not None for one in orders)
+        assert list(tmp_path.iterdir()) == []  # the file has no name, so that nothing can stay
+    worker.submit(order(tmp_path, 5, results))
+    assert worker.wait("s", 120.0) == []
+    assert [result.report.ok for result in results] == [True] * 6
+    for number, state in enumerate(wanted):
+        written = read_metadata(tmp_path / f"{number}.onnx")["weights_sha256"]
+        assert written == onnxport.weights_sha256(state)
+    assert [one.weights for one in orders] == [None] * 5
+    worker.close()
+
+
+def test_weights_for_which_there_is_no_room_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "_free_bytes", lambda _: 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_ensure_thread", lambda _: None)  # it is busy
+        worker, results = Worker(Background()), []
+        orders = queued(worker, tmp_path, results, "remote")
+        until(lambda: all(one.problem for one in orders[:3]))
+    worker.submit(order(tmp_path, 5, results))
+    assert worker.wait("s", 120.0) == []
+    lost, made = results[:3], results[3:]
+    assert all("more than half of what is free" in str(result) for result in lost)
+    assert all("Save less often" in str(result) for result in lost)
+    assert [result.report.ok for result in made] == [True] * 3
+    worker.close()
+
+
+def test_an_order_that_is_dropped_while_it_is_put_aside_leaves_nothing(
+    busy: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, copies = threading.Event(), threading.Event(), []
+
+    def slowly(weights: int, folder: Path) -> int:
+        begun.set()
+        assert go_on.wait(60)
+        copies.append(aside.put_aside(weights, folder))
+        return copies[-1]
+
+    monkeypatch.setattr(client, "put_aside", slowly)
+    results: list[Any] = []
+    orders = queued(busy, tmp_path, results, "remote")
+    assert begun.wait(60)
+    for one in orders:
+        busy.forget(one.job.path)
+    go_on.set()
+    until(lambda: len(copies) == 1 and not busy._disk.locked())
+    until(lambda: not Path(f"/proc/self/fd/{copies[0]}").exists())
+    assert [one.weights for one in orders] == [None] * 5
+    assert results == []

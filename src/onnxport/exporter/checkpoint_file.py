@@ -24,7 +24,7 @@ from onnxport.errors import ExportError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["is_checkpoint", "read_state_dict"]
+__all__ = ["is_checkpoint", "is_readable", "read_state_dict"]
 
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
@@ -87,7 +87,12 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
 
 def is_checkpoint(path: Path) -> bool:
     """Tell whether a path is a file, or a folder that processes have written together."""
-    return path.is_file() or any((path / last).is_file() for last in (_METADATA, _OF_DEEPSPEED))
+    return is_readable(path) or (path / _OF_DEEPSPEED).is_file()
+
+
+def is_readable(path: Path) -> bool:
+    """Tell whether a path is a checkpoint that :func:`read_state_dict` can read."""
+    return path.is_file() or (path / _METADATA).is_file()
 
 
 def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.errors import WorkerError
-from onnxport.exporter.checkpoint_file import is_checkpoint
+from onnxport.exporter.checkpoint_file import is_readable
 from onnxport.exporter.skeleton import pickle_by_value
 from onnxport.exporter.writer import remove_model
+from onnxport.worker.aside import put_aside
 from onnxport.worker.process import WorkerProcess
 from onnxport.worker.protocol import Done, SentJob, StageBegun, WeightsFile
 
@@ -48,8 +49,8 @@ MAX_COPIES = 2
 """How many sets of weights may wait in memory."""
 
 _TOO_MANY = (
-    f"More than {MAX_COPIES} later checkpoints came while it waited, and its weights can be read "
-    "from no folder of this machine. Save less often, or export fewer with when=Cadence(...)."
+    f"More than {MAX_COPIES} later checkpoints came while it waited, and its weights could not be "
+    "put aside: {error}. Save less often, or export fewer with when=Cadence(...)."
 )
 
 CLOSE_LIMIT_S = 10.0
@@ -71,6 +72,8 @@ class Order:
         stage: What is being done, in words.
         dropped: Nobody waits for the result.
         forgotten: The checkpoint is gone, and so must be the model.
+        aside: The weights are on disk, or on their way there.
+        problem: Why nothing can come of it, if that is known before its turn.
     """
 
     job: SentJob
@@ -79,12 +82,12 @@ class Order:
     stage: str = "waiting"
     dropped: bool = False
     forgotten: bool = False
+    aside: bool = False
+    problem: WorkerError | None = None
 
     def finish(self, result: Done | WorkerError) -> None:
         """Hand out the result, once, and let go of the weights."""
-        if self.weights is not None:
-            os.close(self.weights)
-            self.weights = None
+        self.release()
         try:
             if self.forgotten:
                 remove_model(self.job.path)  # published while its checkpoint was removed
@@ -92,6 +95,12 @@ class Order:
                 self.done(result)
         except Exception:  # the thread must go on
             logger.exception("What became of %s could not be noted.", self.job.path)
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        if self.weights is not None:
+            os.close(self.weights)
+            self.weights = None
 
 
 @dataclass(slots=True)
@@ -121,6 +130,7 @@ class Worker:
         self._preload: set[str] = set()
         self._deadly: Counter[tuple[str, str]] = Counter()
         self._closing = False
+        self._disk = threading.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -157,11 +167,9 @@ class Worker:
         with self._changed:
             self._drop_waiting(order.job.path)
             self._queue.waiting.append(order)
-            given_up = self._spare_memory()
+            self._spare_memory()
             self._ensure_thread()
             self._changed.notify_all()
-        for one in given_up:
-            one.finish(WorkerError(_TOO_MANY))
 
     def forget(self, path: Path) -> None:
         """A checkpoint was removed: what waits for its model is dropped, silently."""
@@ -237,29 +245,46 @@ class Worker:
             self._thread = threading.Thread(target=self._look_after, daemon=True, name="onnxport")
             self._thread.start()
 
-    def _spare_memory(self) -> list[Order]:
-        """Copies of weights must not pile up: by now a checkpoint may be there to be read.
-
-        Returns:
-            Orders whose weights are nowhere else; they wait no more.
-        """
-        given_up = []
+    def _spare_memory(self) -> None:
+        """Copies of weights must not pile up: by now a checkpoint may be there to be read."""
         # Trials, and weights of no checkpoint, come once.
         copies = [
             order
             for order in self._queue.waiting
-            if order.weights is not None and order.job.provenance.checkpoint
+            if order.weights is not None and order.job.provenance.checkpoint and not order.aside
         ]
         for order in copies[:-MAX_COPIES]:
             checkpoint = Path(str(order.job.provenance.checkpoint))
-            if not is_checkpoint(checkpoint):  # on a remote file system
-                self._queue.waiting.remove(order)
-                given_up.append(order)
-            elif order.weights is not None:
-                os.close(order.weights)
-                order.weights = None
+            if is_readable(checkpoint):
+                order.release()
                 order.job = replace(order.job, weights=WeightsFile.of_checkpoint(checkpoint))
-        return given_up
+            elif order.weights is not None:  # on a remote file system
+                order.aside = True
+                mine = (order, os.dup(order.weights))
+                threading.Thread(target=self._put_aside, args=mine, daemon=True).start()
+
+    def _put_aside(self, order: Order, weights: int) -> None:
+        """Copy weights that wait to disk, in a thread of its own.
+
+        Args:
+            order: The order, whose turn may come meanwhile.
+            weights: A descriptor of its weights for this thread, which closes it.
+        """
+        copy, problem = None, None
+        with self._disk:
+            try:
+                if order.weights is not None:
+                    copy = put_aside(weights, order.job.path.parent)
+            except (WorkerError, OSError) as error:
+                problem = WorkerError(_TOO_MANY.format(error=error))
+            finally:
+                os.close(weights)
+        with self._changed:
+            if order in self._queue.waiting:
+                order.release()
+                order.weights, order.problem = copy, problem
+            elif copy is not None:
+                os.close(copy)
 
     def _drop_waiting(self, path: Path) -> None:
         for order in [order for order in self._queue.waiting if order.job.path == path]:
@@ -321,6 +346,8 @@ class Worker:
             return WorkerError(f"The worker was not given its work: {error}")
 
     def _carry_out(self, order: Order) -> Done | WorkerError:
+        if order.problem is not None:
+            return order.problem
         error = WorkerError("The worker process was ended.")
         for _ in range(MAX_TRIES):
             if self._deaths >= MAX_DEATHS:
