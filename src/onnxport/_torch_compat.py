@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_OPSET",
     "FAKE_TENSOR_LIMITS",
     "MAX_TORCHSCRIPT_OPSET",
+    "WRAPPERS",
     "CapturedOutput",
     "ReadOnly",
     "WriteAttemptedError",
@@ -37,8 +38,10 @@ __all__ = [
     "export_context",
     "fake_tensors",
     "forget_half_compiled_types",
+    "gathered_shards",
     "is_compiled_forward",
     "operators_read_once",
+    "plain_name",
     "rewritten_sources",
     "without_modes",
 ]
@@ -295,3 +298,28 @@ def forget_half_compiled_types() -> None:
 
     _recursive: Any = module
     _recursive.concrete_type_store = _recursive.ConcreteTypeStore()
+
+
+def gathered_shards(tensor: Any) -> torch.Tensor:
+    """Put the shards of a ``ShardedTensor`` together in all processes of its group.
+
+    Its own ``gather``, for one process, breaks where there are several groups, and reads weights
+    that are no float32 as if they were (torch 2.13).
+    """
+    from torch.distributed._state_dict_utils import _all_gather_sharded_tensor
+
+    return _all_gather_sharded_tensor(tensor, tensor._process_group)  # noqa: SLF001
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or tensor as it is without PyTorch's wrappers.
+
+    Example:
+        >>> plain_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Where ``torch.compile``, FSDP1 and activation checkpointing keep the module that they wrap."""

@@ -1,4 +1,4 @@
-"""Weights that are spread over processes (FSDP2, tensor parallelism): models are whole."""
+"""Weights that are spread over processes (FSDP2, FSDP1, tensor parallelism): models are whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPT = """
     import lightning.pytorch as pl, torch
     from torch import nn
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, fsdp
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel, RowwiseParallel, parallelize_module,
@@ -35,6 +35,39 @@ SCRIPT = """
     from onnxport.worker.client import worker_for
 
     data, tensor, options = 1, 1, {}
+
+    # FSDP1 takes a CPU if it is told to, and Lightning has no words for that. Weights that are on
+    # their way to the CPU must not be there already (a segmentation fault, torch 2.13).
+    class CPU:
+        index, type = torch.device("cpu"), "cpu"
+
+    class FSDP1(FSDPStrategy):
+        def _setup_model(self, model):
+            self.parallel_devices, devices = [CPU] * data, self.parallel_devices
+            model = super()._setup_model(model)
+            self.parallel_devices = devices
+            return model
+
+    def whole(module, world_size, rank0_only=True):
+        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
+        from torch.distributed.fsdp import FullOptimStateDictConfig, StateDictType
+        return FullyShardedDataParallel.state_dict_type(
+            module, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=rank0_only),
+            FullOptimStateDictConfig(rank0_only=rank0_only),
+        )
+
+    fsdp._get_full_state_dict_context = whole
+
+    def strategy():
+        if options["flat"] is None:
+            return ModelParallelStrategy(
+                data_parallel_size=data, tensor_parallel_size=tensor,
+                save_distributed_checkpoint=options["distributed"],
+            )
+        return FSDP1(
+            state_dict_type="sharded" if options["distributed"] else "full",
+            auto_wrap_policy={nn.Linear}, process_group_backend="gloo", **options["flat"],
+        )
 
     class Net(pl.LightningModule):
         def __init__(self):
@@ -50,7 +83,7 @@ SCRIPT = """
                 if options["norm"]:
                     plan = {"second": ColwiseParallel(output_layouts=Replicate())}
                 parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
-            if data > 1:
+            if data > 1 and options["flat"] is None:
                 for layer in (self.first, self.second, self):
                     fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
@@ -74,7 +107,7 @@ SCRIPT = """
             self.trainer.save_checkpoint(Path(self.trainer.default_root_dir, ".lr_find_x.ckpt"))
 
         def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 0.01)
+            return torch.optim.Adam(self.trainer.model.parameters(), 0.01)
 
     class Stops(Callback):
         "Stops the worker when the first model is there; nobody waits for the others."
@@ -95,11 +128,8 @@ SCRIPT = """
         kept += [stops] if options["stops"] else []
         trainer = pl.Trainer(
             accelerator="cpu", devices=data * tensor, max_epochs=3, logger=False,
-            strategy=ModelParallelStrategy(
-                data_parallel_size=data, tensor_parallel_size=tensor,
-                save_distributed_checkpoint=options["distributed"],
-            ),
-            default_root_dir=root, enable_progress_bar=False, enable_model_summary=False,
+            strategy=strategy(), default_root_dir=root, precision=options["precision"],
+            enable_progress_bar=False, enable_model_summary=False,
             callbacks=[*kept, *([export] if options["export"] else [])],
             enable_checkpointing=options["saves"],
         )
@@ -120,7 +150,7 @@ SCRIPT = """
 def run(root: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
     defaults = {"data": processes, "tensor": 1, "distributed": True, "norm": True}
     defaults |= {"export": True, "when": "checkpoint", "saves": True, "without": []}
-    defaults |= {"stops": False}
+    defaults |= {"stops": False, "flat": None, "precision": None}
     chosen = {name: defaults | options for name, options in cases.items()}
     for name in chosen:
         (root / name).mkdir()
@@ -132,7 +162,8 @@ def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
         whole = folder / f"{checkpoint.stem}.pt"
         dcp_to_torch_save(checkpoint, whole)
         checkpoint = whole
-    return torch.load(checkpoint, weights_only=False)["state_dict"]
+    content = torch.load(checkpoint, weights_only=False)
+    return content["state_dict"] if "state_dict" in content else content["model"]  # FSDP1's
 
 
 TENSOR = {"data": 1, "tensor": 2}
@@ -141,6 +172,9 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, full": {"distributed": False},
     "tensor, distributed": {**TENSOR, "norm": False},
     "tensor, full": {**TENSOR, "distributed": False},
+    "fsdp1, sharded": {"flat": {}},
+    "fsdp1, full": {"flat": {"sharding_strategy": "SHARD_GRAD_OP"}, "distributed": False},
+    "fsdp1, flat alone": {"flat": {"use_orig_params": False}, "precision": "bf16-mixed"},
 }
 
 
@@ -148,6 +182,8 @@ AT_END: dict[str, dict[str, Any]] = {
     "end, distributed": {"when": "end"},
     "end, full": {"when": "end", "distributed": False},
     "end, no checkpoint": {"saves": False},
+    "end, fsdp1, sharded": {"when": "end", "flat": {}},
+    "end, fsdp1, no checkpoint": {"saves": False, "flat": {}, "distributed": False},
 }
 
 
@@ -157,6 +193,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded")
     plain = {f"{name}, plain": case | {"export": False} for name, case in CASES.items()}
     others = {"lacking": {"without": ["first.weight"]}, "owed": {"stops": True}}
+    others |= {"owed, fsdp1": {"stops": True, "flat": {}}}
     run(root, 2, CASES | plain | AT_END | others)
     return root
 
@@ -191,9 +228,12 @@ def test_a_checkpoint_without_a_tensor_that_is_spread_has_no_model_and_says_so(
         assert "does not hold 'first.weight'" in report["error"]
 
 
-def test_what_is_owed_is_made_from_the_parts_alone(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["owed", "owed, fsdp1"])
+def test_what_is_owed_is_made_from_the_parts_alone(
+    case: str, trained: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "elsewhere"  # a run may have been moved
-    shutil.copytree(trained / "owed" / "c", folder)
+    shutil.copytree(trained / case / "c", folder)
     missing = {path.stem for path in folder.glob("*.ckpt")} - {
         path.stem for path in folder.glob("*.onnx")
     }

@@ -16,6 +16,9 @@ import torch
 import zoo
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.nn.utils import parametrizations
 
 import onnxport
@@ -102,10 +105,18 @@ def pruned() -> nn.Module:
     return mlp(layer)
 
 
+def recomputed() -> nn.Module:
+    """Its activations are computed again in the backward pass."""
+    net = mlp(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    apply_activation_checkpointing(net, check_fn=lambda layer: isinstance(layer, nn.Linear))
+    return net
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "weight norm": lambda: zoo.Classifier(mlp(parametrizations.weight_norm(nn.Linear(64, 3)))),
     "spectral norm": lambda: zoo.Classifier(mlp(parametrizations.spectral_norm(nn.Linear(64, 3)))),
     "orthogonal": lambda: zoo.Classifier(mlp(parametrizations.orthogonal(nn.Linear(64, 3)))),
+    "activation checkpointing": lambda: zoo.Classifier(recomputed()),
     "pruned": lambda: zoo.Classifier(pruned()),
     "lazy": lambda: Lazy(mlp(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(3))),
     "adapter": lambda: zoo.Classifier(mlp(Adapted(64, 3))),

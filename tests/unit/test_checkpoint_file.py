@@ -71,6 +71,16 @@ def test_weights_come_out_and_nothing_else_happens(tmp_path: Path) -> None:
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_tensor_with_attributes_is_a_tensor(tmp_path: Path) -> None:
+    state = {"marked": torch.arange(3.0), "plain": torch.ones(2)}
+    state["marked"].origin = "a hook"  # type: ignore[attr-defined]
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    read = read_state_dict(tmp_path / "a.ckpt")
+    assert read.keys() == state.keys()
+    assert torch.equal(read["marked"], state["marked"])
+    assert not hasattr(read["marked"], "origin")
+
+
 def test_writing_to_what_was_read_changes_no_file(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
     read_state_dict(tmp_path / "w.pt", "")["w"].add_(1)

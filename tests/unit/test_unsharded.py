@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from onnxport.callbacks.lightning.place import runs_alone
 from onnxport.callbacks.lightning.sharded import gather_saves
 from onnxport.errors import ExportError
 from onnxport.exporter import unsharded
@@ -151,20 +150,3 @@ def test_parts_that_nobody_knows_are_refused_in_a_sentence(tmp_path: Path) -> No
     ((reason, path),) = said
     assert "parts that cannot be put together" in reason
     assert path == str(tmp_path / "parts.ckpt")
-
-
-class FullyShardedDataParallel(nn.Module):
-    """Stands for torch's, which needs an accelerator (torch 2.13)."""
-
-
-class FSDPStrategy:
-    """Stands for Lightning's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-
-def test_what_no_process_can_run_by_itself_is_known() -> None:
-    models = {"plain": nn.Linear(2, 2), "wrapped": nn.Sequential(FullyShardedDataParallel())}
-    alone = {name: runs_alone(FSDPStrategy(model)) for name, model in models.items()}
-    assert alone == {"plain": True, "wrapped": False}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._torch_compat import plain_name
 from onnxport.exporter.hooks import plain_hooks
-from onnxport.exporter.module_state import plain_name, run_borrowed
+from onnxport.exporter.module_state import run_borrowed
 from onnxport.exporter.target import find_target
 from onnxport.pipeline import LiveReference
 from onnxport.tree import flatten, map_tensors, same_structure

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._torch_compat import plain_name
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
@@ -29,8 +30,9 @@ from onnxport.callbacks.turns import Turns
 from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
-from onnxport.exporter.module_state import copy_module, evaluate, plain_name, preserved_rng
+from onnxport.exporter.module_state import copy_module, evaluate, preserved_rng
 from onnxport.exporter.target import is_method, require_target
+from onnxport.exporter.unsharded import uncast
 from onnxport.exporter.writer import remove_model
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
@@ -439,13 +441,15 @@ class ExportSession:
 
     def _job(self, saved: Saved, *, alive: bool) -> tuple[ExportJob, LiveModule]:
         watched = self._target if isinstance(self._target, str) else self._observer.choose() or ""
+        module = self._module if saved.module is None else saved.module
         observed = self._observed(watched)
+        if saved.module is not None:
+            observed = tuple(uncast(call, module) for call in observed)
         examples = self._given() or observed or self._from_fallback()
         # Of what wraps the module, the module's own calls are compared.
         runs = observed if callable(self._target) else examples
         if self._small is not None and runs:
             runs = (self._small,)
-        module = self._module if saved.module is None else saved.module
         reference, idle = self._reference.run(module, watched, runs if alive else (), saved.state)
         live = LiveModule(module, saved.state, tuple(idle))
         job = ExportJob(

@@ -45,6 +45,8 @@ _DESCRIPTIONS = frozenset(
 )
 _METADATA = ".metadata"
 """What ``torch.distributed.checkpoint`` writes last into a folder."""
+_OF_FSDP1 = "model"
+"""Where Lightning has FSDP1's weights. Source: ``FSDPStrategy.save_checkpoint``, 2.6."""
 _OF_DEEPSPEED = "latest"
 """What DeepSpeed writes last into a folder."""
 _REBUILDERS = frozenset(
@@ -112,6 +114,8 @@ def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
     reader = _folder_reader(path)
     metadata = reader.read_metadata()
     places = metadata.planner_data or {}
+    if key and not any(place[0] == key for place in places.values()):
+        key = _OF_FSDP1
     wanted: dict[str, torch.Tensor] = {}
     for name, found in metadata.state_dict_metadata.items():
         first, *rest = places.get(name, tuple(name.split(".", 1)))
@@ -182,6 +186,15 @@ class _Inert:
         """Take a member."""
 
 
+_PLAIN = object()
+"""Stands for the class ``torch.Tensor``, which could make tensors of any size."""
+
+
+def _without_attributes(rebuild: Any, kind: Any, args: tuple[Any, ...], _: Any) -> Any:
+    """Take the place of ``torch._tensor._rebuild_from_type_v2``: a tensor that has attributes."""
+    return rebuild(*args) if kind is _PLAIN else _Inert()
+
+
 class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - finds nothing that could do anything
     """Finds torch's functions that make tensors; everything else is inert."""
 
@@ -191,6 +204,10 @@ class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - finds nothing that coul
             return OrderedDict
         if module == "torch._utils" and name in _REBUILDERS:
             return getattr(torch._utils, name)  # noqa: SLF001 - what torch.save writes down
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _without_attributes
+        if (module, name) == ("torch", "Tensor"):
+            return _PLAIN
         if module in {"torch", "torch.storage"}:
             value = getattr(torch if module == "torch" else torch.storage, name, None)
             storage = isinstance(value, type) and name.endswith("Storage")

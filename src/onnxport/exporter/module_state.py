@@ -19,7 +19,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
-from onnxport._torch_compat import ReadOnly, export_context, is_compiled_forward
+from onnxport._torch_compat import (
+    WRAPPERS,
+    ReadOnly,
+    export_context,
+    is_compiled_forward,
+    plain_name,
+)
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, drop_observers
 from onnxport.exporter.target import find_target
@@ -34,9 +40,9 @@ __all__ = [
     "copy_module",
     "evaluate",
     "load_weights",
-    "plain_name",
     "preserved_rng",
     "run_borrowed",
+    "unwrapped",
 ]
 
 
@@ -130,20 +136,6 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     """Take the place of ``self.log``."""
 
 
-def plain_name(name: str) -> str:
-    """Return the name of a module or tensor as it is without ``torch.compile``'s wrappers.
-
-    Example:
-        >>> plain_name("net._orig_mod.0.weight")
-        'net.0.weight'
-    """
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
-
-
-_WRAPPED = "_orig_mod"
-"""Where ``torch.compile(module)`` keeps the module."""
-
-
 def run_borrowed(
     module: nn.Module,
     state: Mapping[str, Any],
@@ -233,7 +225,7 @@ def copy_module(
                 vars(submodule)[name] = None
         _silence(submodule)
         _uncompile(submodule, memo)
-    clone = _unwrapped(clone)
+    clone = unwrapped(clone)
     drop_observers(clone)
     drop_hooks(clone, without)
     clone.requires_grad_(False)
@@ -244,8 +236,8 @@ def _uncompile(module: nn.Module, memo: Mapping[int, Any]) -> None:
     """Take out what ``torch.compile`` left on a copy: wrappers and closures over the original."""
     children = vars(module)["_modules"]
     # A script module has no plain dict there, and nothing that torch.compile could have wrapped.
-    if isinstance(children, dict) and _WRAPPED not in children:
-        children.update({name: _unwrapped(child) for name, child in children.items()})
+    if isinstance(children, dict) and WRAPPERS.isdisjoint(children):
+        children.update({name: unwrapped(child) for name, child in children.items()})
     if vars(module).get("_compiler_ctx") is not None:  # Lightning's note of what was compiled
         vars(module)["_compiler_ctx"] = None
     for name, value in list(vars(module).items()):
@@ -287,10 +279,13 @@ def _before_compilation(function: Any) -> Any:
     return function
 
 
-def _unwrapped(module: Any) -> Any:
-    """Take the module out of the wrapper that ``torch.compile(module)`` makes."""
-    while isinstance(module, nn.Module) and _WRAPPED in vars(module)["_modules"]:
-        module = vars(module)["_modules"][_WRAPPED]
+def unwrapped(module: Any) -> Any:
+    """Take a module out of the wrappers that PyTorch has put around it."""
+    while isinstance(module, nn.Module):
+        inner = [part for name, part in vars(module)["_modules"].items() if name in WRAPPERS]
+        if not inner:
+            break
+        module = inner[0]
     return module
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from onnxport._torch_compat import plain_name
 from onnxport.exporter.importable import by_value, is_importable
-from onnxport.exporter.module_state import copy_module, load_weights, plain_name
+from onnxport.exporter.module_state import copy_module, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

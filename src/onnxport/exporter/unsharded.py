@@ -1,29 +1,34 @@
 """Weights that are spread over processes: gather them, and make an ordinary module around them.
 
-FSDP2's ``fully_shard``, tensor parallelism, PyTorch's sharded state dicts and stage 3 of DeepSpeed
-keep a part of each tensor in each process. Running such a module takes all processes; a copy with
-whole tensors does not.
+FSDP2's ``fully_shard``, FSDP1, tensor parallelism, PyTorch's sharded state dicts and stage 3 of
+DeepSpeed keep a part of each tensor in each process. Running such a module takes all processes; a
+copy with whole tensors does not.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from onnxport._torch_compat import gathered_shards, plain_name
 from onnxport.errors import ExportError
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
-from onnxport.exporter.module_state import TRAINERS, plain_name, preserved_rng
+from onnxport.exporter.module_state import TRAINERS, preserved_rng, unwrapped
 from onnxport.exporter.shared_weights import SharedWeights
+from onnxport.tree import map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["gathered", "is_spread", "whole_module"]
+    from onnxport.tree import Example
+
+__all__ = ["gathered", "is_flattened", "is_spread", "uncast", "whole_module"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,11 @@ _SPREADERS = (_OF_TORCH, "deepspeed")
 def is_spread(state: Mapping[str, Any]) -> bool:
     """Tell whether a ``state_dict`` holds tensors of which this process has a part only."""
     return any(_is_part(tensor) for tensor in state.values())
+
+
+def is_flattened(module: nn.Module | None) -> bool:
+    """Tell whether FSDP1 keeps parameters of a module in flat ones."""
+    return module is not None and any(hasattr(one, _FLATTENED) for one in module.parameters())
 
 
 def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
@@ -109,18 +119,45 @@ def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     plain = {plain_name(name): tensor for name, tensor in state.items()}
     memo: dict[Any, Any] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
+        if not hasattr(tensor, _FLAT):
+            memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
     machinery = [hook for hook in hooks_of_any_kind(module) if _is_machinery(hook)]
     memo |= {id(hook): Unusable("hook") for hook in machinery}
-    memo |= {id(value): None for value in _not_its_own(module)}
+    memo |= {id(value): None for value in (*_not_its_own(module), *_views_of_flat(module, plain))}
     with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
         twin: nn.Module = Duplicator(memo).copy(module)
+    for submodule in list(twin.modules()):
+        children = submodule._modules  # noqa: SLF001 - has no public name that can be written to
+        children.update({name: unwrapped(child) for name, child in children.items()})
+    twin = unwrapped(twin)
+    _register_missing(twin, plain)
     drop_hooks(twin, [hook for hook in hooks_of_any_kind(twin) if isinstance(hook, Unusable)])
     for submodule in twin.modules():
         submodule.__class__ = _own_class(type(submodule))
         # DeepSpeed's own kind of dict asks all processes for a parameter.
         submodule._parameters = dict(submodule._parameters)  # noqa: SLF001 - has no public name
     return twin
+
+
+def uncast(call: Example, module: nn.Module) -> Example:
+    """Return a call as a whole module takes it.
+
+    In mixed precision FSDP casts what a module is called with on its way in, and the weights for
+    the time of the call. The weights of a whole module are what they are.
+
+    Args:
+        call: As it was seen inside.
+        module: The whole module.
+    """
+    kinds = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
+    (kind, *others) = kinds or {torch.float32}
+
+    def widened(tensor: torch.Tensor) -> torch.Tensor:
+        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < kind.itemsize
+        return tensor.to(kind) if narrow and not others else tensor
+
+    args, kwargs = map_tensors((call.args, dict(call.kwargs)), widened)
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _not_its_own(module: nn.Module) -> Iterator[Any]:
@@ -132,10 +169,40 @@ def _not_its_own(module: nn.Module) -> Iterator[Any]:
                 yield value
 
 
+def _register_missing(twin: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module its tensors back where FSDP1 has put a flat one in their place."""
+    for name, tensor in state.items():
+        path, _, own = name.rpartition(".")
+        try:
+            owner = twin.get_submodule(path)
+        except AttributeError:  # added in on_save_checkpoint
+            continue
+        known = (*owner._parameters, *owner._buffers)  # noqa: SLF001 - has no public name
+        if own not in known and vars(owner).get(own) is None:
+            vars(owner).pop(own, None)
+            owner.register_parameter(own, nn.Parameter(tensor.detach().cpu(), requires_grad=False))
+
+
+_FLAT, _FLATTENED = "_is_flat_param", "_fsdp_flattened"
+_MARKS = ("full_tensor", "ds_id", "local_shards", _FLATTENED)
+"""What a part has: of a ``DTensor``, under DeepSpeed, of a ``ShardedTensor``, and under FSDP1."""
+
+
+def _views_of_flat(module: nn.Module, state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield FSDP1's flat parameters, and what it leaves in the places of those that are in them.
+
+    The memory of such a view may be gone: reading it ends the process.
+    """
+    yield from (tensor for tensor in module.parameters() if hasattr(tensor, _FLAT))
+    for path, submodule in module.named_modules():
+        for name, value in vars(submodule).items():
+            in_its_place = plain_name(f"{path}.{name}" if path else name) in state
+            if isinstance(value, torch.Tensor) and (hasattr(value, _FLAT) or in_its_place):
+                yield value
+
+
 def _is_part(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and (
-        hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
-    )
+    return isinstance(tensor, torch.Tensor) and any(hasattr(tensor, mark) for mark in _MARKS)
 
 
 @contextmanager
@@ -146,6 +213,8 @@ def _together(value: Any) -> Iterator[Any]:
 
         with deepspeed.zero.GatheredParameters([value]):
             yield value
+    elif hasattr(value, "local_shards"):
+        yield gathered_shards(value)
     elif _is_part(value):
         # A part that was brought to the CPU must go back to where its processes speak.
         yield value.to(value.device_mesh.device_type).full_tensor()

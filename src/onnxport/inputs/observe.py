@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from onnxport._torch_compat import compiled_graphs, is_compiled_forward
+from onnxport._torch_compat import compiled_graphs, is_compiled_forward, plain_name
 from onnxport.inputs.record import Recorder, address
 from onnxport.tree import flatten
 
@@ -174,7 +174,7 @@ class Observer:
         handles: list[RemovableHandle] = []
         try:
             for name in self._watched:
-                copied = module.get_submodule(_plain(name))
+                copied = module.get_submodule(plain_name(name))
                 if not isinstance(copied, torch.jit.ScriptModule):
                     handles += self._watch(name, copied, lambda: self._is_enough(hurry=hurry))
             step()
@@ -251,11 +251,6 @@ def _callable_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn
             yield from _callable_children(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
-
-
-def _plain(name: str) -> str:
-    """Name a submodule as in a copy, from which ``torch.compile``'s wrappers were taken."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _addresses(batch: Any) -> set[int]:

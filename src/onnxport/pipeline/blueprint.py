@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from onnxport._torch_compat import plain_name
 from onnxport.exporter.fingerprint import changed_paths
 from onnxport.exporter.flat import FlatModule
-from onnxport.exporter.module_state import plain_name
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.inputs.resize import current_sizes, resize
 from onnxport.tree import Example, flatten, rebuild, same_structure

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from onnxport._torch_compat import plain_name
 from onnxport.errors import VerificationError
-from onnxport.exporter.module_state import plain_name
 from onnxport.exporter.writer import write_filled
 from onnxport.pipeline.proof import REAL, Case, check_case
 from onnxport.pipeline.runs import run_flat

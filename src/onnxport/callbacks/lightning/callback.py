@@ -31,7 +31,7 @@ from onnxport.callbacks.lightning.facts import (
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
-from onnxport.callbacks.lightning.place import is_sharded, place_among, runs_alone
+from onnxport.callbacks.lightning.place import is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.lightning.sharded import (
     gather_saves,
@@ -56,6 +56,7 @@ from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, r
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered
+from onnxport.exporter.weights import weights_sha256
 from onnxport.report import ExportReport
 from onnxport.tracking.job import jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
@@ -387,7 +388,7 @@ class OnnxExport(metaclass=FrameworkAware):
             return None
         if not is_sharded(trainer.strategy):
             return pl_module.state_dict  # type: ignore[no-any-return]
-        if self._batches != OBSERVED_FIRST + 1 or not runs_alone(trainer.strategy):
+        if self._batches != OBSERVED_FIRST + 1:
             return None
         needed = False
         with _never_raises("the export before the first checkpoint"):
@@ -440,10 +441,17 @@ class OnnxExport(metaclass=FrameworkAware):
         if "state_dict" in content and self._wants(trainer, path):
             self._on_wanted(trainer, content, path)
 
-    def _on_wanted(self, trainer: Any, content: dict[str, Any], path: str) -> None:
+    def _on_wanted(
+        self,
+        trainer: Any,
+        content: dict[str, Any],
+        path: str,
+        only: Iterable[str] | None = None,
+    ) -> None:
         with _never_raises(f"exporting {path}"):
             origin = origin_of(trainer, path, self._measured)
-            self._save(trainer, content["state_dict"], path, origin, file=file_of(trainer, path))
+            state, file = content["state_dict"], file_of(trainer, path)
+            self._save(trainer, state, path, origin, only, file)
             if self.background is not None and is_handed_over(trainer, path):
                 self._hand_over(path)
             if self._ended and self.background is not None:  # nobody will wait for it later
@@ -456,8 +464,20 @@ class OnnxExport(metaclass=FrameworkAware):
         """Make the models of a checkpoint whose save was broken off, if it is there after all."""
         with _never_raises(f"exporting {path}"):
             file = file_of(trainer, path)
-            if file is not None:
-                self._on_wanted(trainer, {"state_dict": read_state_dict(file)}, path)
+            if file is None:
+                return
+            state = read_state_dict(file)
+            weights = weights_sha256(state)
+            lacking = [name for name in self._sessions if not self._holds(path, name, weights)]
+            self._on_wanted(trainer, {"state_dict": state}, path, lacking)
+
+    def _holds(self, checkpoint: str, name: str, weights: str) -> bool:
+        """Tell whether these very weights of a checkpoint have become a model."""
+        model = str(self._model_path(checkpoint, name))
+        return any(
+            report.ok and report.path == model and report.weights_sha256 == weights
+            for report in self._sessions[name].reports
+        )
 
     def _hand_over(self, path: str) -> None:
         """Wait for the models of a checkpoint whose folder is given away."""
@@ -533,11 +553,9 @@ class OnnxExport(metaclass=FrameworkAware):
         needed = (
             bool(self._sessions)
             and self.cadence.at_end
-            and runs_alone(trainer.strategy)
             and best_checkpoint(trainer) is None
-            and not any(
-                session.reports or session.unfinished for session in self._sessions.values()
-            )
+            # What is unfinished may be a trial, or have no checkpoint any more.
+            and not any(session.reports for session in self._sessions.values())
         )
         return self._gathered(trainer, needed)
 

@@ -9,7 +9,7 @@ from onnxport.exporter.target import target_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["is_sharded", "place_among", "runs_alone"]
+__all__ = ["is_sharded", "place_among"]
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
@@ -49,14 +49,3 @@ def _names(callback: Any) -> set[str]:
 def is_sharded(strategy: Any) -> bool:
     """Tell whether each rank holds a part of the weights only."""
     return any(word in kind.__name__ for kind in type(strategy).__mro__ for word in _SHARDED)
-
-
-def runs_alone(strategy: Any) -> bool:
-    """Tell whether one process can run the module, or a copy of it with whole tensors.
-
-    FSDP1 puts wrappers around modules whose ``forward`` asks all processes for the weights.
-    """
-    model = strategy.model
-    if not is_sharded(strategy) or model is None:
-        return True
-    return all(type(part).__name__ != "FullyShardedDataParallel" for part in model.modules())

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport.callbacks.lightning.place import runs_alone
-from onnxport.errors import ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
-from onnxport.exporter.unsharded import gathered, is_spread, whole_module
+from onnxport.exporter.unsharded import gathered, is_flattened, is_spread, whole_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,11 +27,6 @@ logger = logging.getLogger(__name__)
 _UNKNOWN_PARTS = (
     "The strategy has written its weights in parts that cannot be put together here. Make one file "
     "of it and call onnxport.export."
-)
-_NOT_ALONE = (
-    "FSDP1 keeps the weights in a form that no process can run by itself. Train with "
-    "ModelParallelStrategy (FSDP2), or call onnxport.export on the module with the checkpoint's "
-    "weights after training."
 )
 _META = "meta.pt"
 """Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
@@ -118,8 +111,11 @@ def live_state(strategy: Any) -> dict[str, Any]:
         strategy: Lightning's strategy.
     """
     # DeepSpeed's parameters know how they are put together, and what is detached does not.
-    state: dict[str, Any] = strategy.lightning_module.state_dict(keep_vars=is_deepspeed(strategy))
-    return state
+    if is_deepspeed(strategy):
+        return dict(strategy.lightning_module.state_dict(keep_vars=True))
+    if is_flattened(strategy.model):
+        return dict(strategy.lightning_module_state_dict())
+    return dict(strategy.lightning_module.state_dict())
 
 
 def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
@@ -171,10 +167,8 @@ def stand_in(trainer: Any, state: Mapping[str, Any]) -> nn.Module | None:
         state: Whole tensors.
 
     Raises:
-        ExportError: If a run of one process would wait for the others for ever.
         Exception: Whatever copying the user's attributes raises.
     """
-    if not runs_alone(trainer.strategy):
-        raise ExportError(_NOT_ALONE)
-    module = trainer.lightning_module
-    return whole_module(module, state) if is_spread(dict(module.named_parameters())) else None
+    module, wrapped = trainer.lightning_module, trainer.strategy.model
+    spread = is_spread(dict(module.named_parameters())) or is_flattened(wrapped)
+    return whole_module(module, state) if spread else None
