@@ -114,7 +114,10 @@ def live_state(strategy: Any) -> dict[str, Any]:
     if is_deepspeed(strategy):
         return dict(strategy.lightning_module.state_dict(keep_vars=True))
     if is_flattened(strategy.model):
-        return dict(strategy.lightning_module_state_dict())
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        # Not Lightning's, which may hold the whole weights at once.
+        return dict(get_model_state_dict(strategy.model))
     return dict(strategy.lightning_module.state_dict())
 
 
