@@ -114,11 +114,14 @@ def _read_folder(path: Path, key: str) -> dict[str, torch.Tensor]:
     reader = _folder_reader(path)
     metadata = reader.read_metadata()
     places = metadata.planner_data or {}
-    if key and not any(place[0] == key for place in places.values()):
+    paths = {
+        name: places.get(name, tuple(name.split(".", 1))) for name in metadata.state_dict_metadata
+    }
+    if key and not any(first == key for first, *_ in paths.values()):
         key = _OF_FSDP1
     wanted: dict[str, torch.Tensor] = {}
     for name, found in metadata.state_dict_metadata.items():
-        first, *rest = places.get(name, tuple(name.split(".", 1)))
+        first, *rest = paths[name]
         if (not key or first == key) and isinstance(found, TensorStorageMetadata):
             inner = ".".join(map(str, rest)) if key else name
             wanted[inner] = torch.empty(found.size, dtype=found.properties.dtype)

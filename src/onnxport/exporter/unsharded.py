@@ -103,7 +103,7 @@ def _room_for(state: Mapping[str, Any]) -> dict[str, Any]:
         return {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in shapes.items()}
 
 
-def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+def whole_module(module: nn.Module, state: Mapping[str, Any], *, flat: bool = False) -> nn.Module:
     """Return an ordinary module with whole tensors; no other process is asked.
 
     It shares the tensors of the ``state_dict``, and everything else is copied. Wrappers and hooks
@@ -112,6 +112,7 @@ def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     Args:
         module: The live module.
         state: Whole tensors, on the CPU.
+        flat: Whether FSDP1 may have put flat parameters in the place of others.
 
     Raises:
         ExportError: If a tensor that is spread has no whole one in the ``state_dict``.
@@ -123,14 +124,17 @@ def whole_module(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
             memo.setdefault(id(tensor), _stand_in(plain_name(name), tensor, plain))
     machinery = [hook for hook in hooks_of_any_kind(module) if _is_machinery(hook)]
     memo |= {id(hook): Unusable("hook") for hook in machinery}
-    memo |= {id(value): None for value in (*_not_its_own(module), *_views_of_flat(module, plain))}
+    memo |= {id(value): None for value in _not_its_own(module)}
+    memo |= {id(view): None for view in (_views_of_flat(module, plain) if flat else ())}
     with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
         twin: nn.Module = Duplicator(memo).copy(module)
     for submodule in list(twin.modules()):
-        children = submodule._modules  # noqa: SLF001 - has no public name that can be written to
-        children.update({name: unwrapped(child) for name, child in children.items()})
+        children = vars(submodule)["_modules"]
+        if isinstance(children, dict):  # not of a script module
+            children.update({name: unwrapped(child) for name, child in children.items()})
     twin = unwrapped(twin)
-    _register_missing(twin, plain)
+    if flat:
+        _register_missing(twin, plain)
     drop_hooks(twin, [hook for hook in hooks_of_any_kind(twin) if isinstance(hook, Unusable)])
     for submodule in twin.modules():
         submodule.__class__ = _own_class(type(submodule))
@@ -171,7 +175,8 @@ def _not_its_own(module: nn.Module) -> Iterator[Any]:
 
 def _register_missing(twin: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a module its tensors back where FSDP1 has put a flat one in their place."""
-    for name, tensor in state.items():
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for name, tensor in tensors.items():
         path, _, own = name.rpartition(".")
         try:
             owner = twin.get_submodule(path)

@@ -172,6 +172,6 @@ def stand_in(trainer: Any, state: Mapping[str, Any]) -> nn.Module | None:
     Raises:
         Exception: Whatever copying the user's attributes raises.
     """
-    module, wrapped = trainer.lightning_module, trainer.strategy.model
-    spread = is_spread(dict(module.named_parameters())) or is_flattened(wrapped)
-    return whole_module(module, state) if spread else None
+    module, flat = trainer.lightning_module, is_flattened(trainer.strategy.model)
+    spread = flat or is_spread(dict(module.named_parameters()))
+    return whole_module(module, state, flat=flat) if spread else None
