@@ -36,6 +36,7 @@ SCRIPT = f"""
     from onnxport import OnnxExport
 
     root, what, sent = Path(sys.argv[1]), sys.argv[2], set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
 
     class Trouble(Callback):
         "Goes on for ever, until something happens."
