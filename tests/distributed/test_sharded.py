@@ -192,7 +192,9 @@ AT_END: dict[str, dict[str, Any]] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, with the callback and without, trained by two processes."""
     root = tmp_path_factory.mktemp("sharded")
-    plain = {f"{name}, plain": CASES[name] | {"export": False} for name in {*PLAIN.values()}}
+    plain = {
+        f"{name}, plain": CASES[name] | {"export": False} for name in dict.fromkeys(PLAIN.values())
+    }
     others = {"lacking": {"without": ["first.weight"]}, "owed": {"stops": True}}
     others |= {"owed, fsdp1": {"stops": True, "flat": {}}}
     run(root, 2, CASES | plain | AT_END | others)
