@@ -90,4 +90,6 @@ def test_reports_stand_in_the_order_of_their_checkpoints(
     assert failure.report.epoch == 2
     assert kept.take_failure() is None
     assert caplog.text.count("Training goes on") == 3
+    assert caplog.text.count("No ONNX model for the final weights: no") == 1
+    assert caplog.text.count("No ONNX model for the final weights, as before.") == 2
     assert said == []

@@ -262,6 +262,16 @@ def test_an_older_folder_is_replaced_and_nothing_else_is_left(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_the_script_of_another_process_is_nowhere_to_be_found(tmp_path: Path) -> None:
+    class FromAScript(nn.Identity):
+        """Sent by value to a process whose ``__main__`` is another one."""
+
+    FromAScript.__module__, FromAScript.__qualname__ = "__main__", "FromAScript"
+    write_reproduction(tmp_path / "m.failed", asked_for(FromAScript(), torch.ones(2)), [failed()])
+    text = (tmp_path / "m.failed" / "reproduce.py").read_text("utf-8")
+    assert "sys.path[:0] = []" in text
+
+
 def test_a_folder_that_is_not_ours_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "m.failed"
     folder.mkdir()

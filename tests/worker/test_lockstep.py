@@ -226,7 +226,9 @@ class Crash(nn.Module):
         return self.net(image)
 
 
-@pytest.mark.parametrize("how", ["exit", "signal", "hang"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("exit", marks=pytest.mark.exhaustive), "signal", "hang"]
+)
 def test_a_rung_that_ends_the_worker_is_skipped(how: str, tmp_path: Path) -> None:
     module = zoo.Classifier(Crash(how))
     options = Background(drain_s=200, stage_timeout_s=6.0 if how == "hang" else 200.0)

@@ -121,7 +121,7 @@ def names(folder: Path, pattern: str) -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
-@pytest.mark.parametrize("core", ["dynamo", "trace"])
+@pytest.mark.parametrize("core", [pytest.param("dynamo", marks=pytest.mark.exhaustive), "trace"])
 def test_a_killed_run_is_finished_without_its_script(core: str, tmp_path: Path) -> None:
     folder = killed_run(tmp_path, core)
     assert len(names(folder, "*.ckpt")) == 3

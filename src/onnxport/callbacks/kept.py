@@ -29,16 +29,19 @@ class KeptReports:
 
     Attributes:
         reports: In the order in which the checkpoints were begun.
+        over: Training is over, or ends now.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.reports: list[ExportReport] = []
+        self.over = False
         self._say = say
         self._lock = threading.RLock()  # a signal's handler may save while it is held
         self._places: list[int] = []
         self._begun = 0
         self._failure: ExportError | None = None
         self._told: set[str] = set()
+        self._reasons: dict[str, str] = {}
         self._is_down = False
 
     def next_place(self) -> int:
@@ -51,8 +54,6 @@ class KeptReports:
         report: ExportReport,
         seconds: Mapping[str, float],
         place: int,
-        *,
-        over: bool = False,
     ) -> None:
         """Keep a report at its place, and tell the user.
 
@@ -60,7 +61,6 @@ class KeptReports:
             report: The report.
             seconds: Durations to add to those in it.
             place: As :meth:`next_place` gave it.
-            over: Training is over, or ends now.
         """
         times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
         report = self._slim(replace(report, seconds=times))
@@ -74,9 +74,14 @@ class KeptReports:
             return
         name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
         message = f"No ONNX model for {name}: {report.error}"
-        logger.warning("%s", message if over else f"{message} Training goes on.")
         if self._failure is None:
             self._failure = ExportError(message, report)
+        # A reason may be long, and the same for each checkpoint.
+        first = self._reasons.get(str(report.error))
+        self._reasons.setdefault(str(report.error), name)
+        like = "as before" if first == name else f"as for {first}"
+        text = message if first is None else f"No ONNX model for {name}, {like}."
+        logger.warning("%s", text if self.over else f"{text} Training goes on.")
 
     def update(self, place: int, record: TrackingRecord) -> ExportReport | None:
         """Add what a tracking server holds to a report; return the report.

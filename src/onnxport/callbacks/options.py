@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxport.exporter.target import Target
 
 __all__ = [
+    "DRAIN_AFTER_ERROR_S",
     "AnyTarget",
     "Preflight",
     "read_background",
@@ -23,6 +24,9 @@ __all__ = [
     "read_preflight",
     "read_targets",
 ]
+
+DRAIN_AFTER_ERROR_S = 15.0
+"""How long models are waited for when training ended by an error or by Ctrl-C."""
 
 AnyTarget = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]] | None
 """One target, or several by name; ``None``: found by watching."""

@@ -18,7 +18,7 @@ from onnxport.worker.client import Order, worker_for
 from onnxport.worker.protocol import Done, SentJob, WeightsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -220,13 +220,11 @@ class WorkerRunner:
 
     def unfinished(self) -> list[str]:
         """Return the stage of each order."""
-        return [order.stage for order in self._worker.unfinished(self._session)]
+        return _stages(self._worker.unfinished(self._session))
 
     def wait(self, limit_s: float, tell: Callable[[list[str]], None]) -> list[Path]:
         """Wait for the orders of this session; what is left after that is given up."""
-        left = self._worker.wait(
-            self._session, limit_s, lambda orders: tell([order.stage for order in orders])
-        )
+        left = self._worker.wait(self._session, limit_s, lambda orders: tell(_stages(orders)))
         if left:
             self._worker.abandon(self._session)
         return [order.job.path for order in left if not order.job.only_try]
@@ -234,6 +232,12 @@ class WorkerRunner:
     def close(self) -> None:
         """Let the worker go when it has nothing to do."""
         self._worker.leave(self._session)
+
+
+def _stages(orders: Sequence[Order]) -> list[str]:
+    """Return what is being done for each model; a trial becomes none, unless it is all there is."""
+    models = [order for order in orders if not order.job.only_try]
+    return [order.stage for order in models or orders]
 
 
 def _outcome(report: ExportReport, pipeline: Pipeline) -> Outcome:

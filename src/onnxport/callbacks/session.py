@@ -22,6 +22,7 @@ from onnxport._torch_compat import plain_name
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
+from onnxport.callbacks.options import DRAIN_AFTER_ERROR_S
 from onnxport.callbacks.owed import NO_USE, is_owed, note, owed, settle, sweep, template_path
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
@@ -396,16 +397,18 @@ class ExportSession:
             tell: Called now and then with what is being done for each of them.
         """
         self._observer.stop()
+        self._kept.over = True
         for path in dict.fromkeys(self._runner.wait(limit_s, tell)):
             if path in self._given_up:
                 continue
             self._given_up.add(path)
             text = (
-                f"{path} was not finished while the end of training waited (Background(drain_s=))."
+                f"{path} was not finished while the end of training waited: at most "
+                f"Background(drain_s=), and {DRAIN_AFTER_ERROR_S:.0f} s after Ctrl-C or an error."
             )
             origin = self._latest[path].origin
             report = ExportReport.of_failure(text + self._way_out(path), origin)
-            self._kept.keep(report, {"total": limit_s}, self._latest[path].place, over=True)
+            self._kept.keep(report, {"total": limit_s}, self._latest[path].place)
 
     def _way_out(self, path: Path) -> str:
         """Return a sentence on who makes a model that is owed."""

@@ -273,6 +273,8 @@ def _code_folders(module: torch.nn.Module) -> Iterator[str]:
         file = getattr(source, "__file__", None)
         if source is None or file is None or file.startswith(installed):
             continue
+        if not hasattr(source, type(submodule).__qualname__.partition(".")[0]):
+            continue  # of the trainer's ``__main__``, which is not the one of this process
         depth = source.__name__.count(".") + (Path(file).name == "__init__.py")
         parents = Path(file).resolve().parents
         if depth < len(parents):

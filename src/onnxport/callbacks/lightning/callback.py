@@ -40,6 +40,7 @@ from onnxport.callbacks.lightning.sharded import (
     stand_in,
 )
 from onnxport.callbacks.options import (
+    DRAIN_AFTER_ERROR_S,
     AnyTarget,
     read_background,
     read_mlflow,
@@ -85,9 +86,6 @@ OBSERVED_FIRST = 2
 WATCHED = 200
 """Batches after which calls are watched no more than to the end of the epoch: a small data set may
 show its other sizes in a later epoch only."""
-
-DRAIN_AFTER_ERROR_S = 15.0
-"""How long models are waited for when training ended by an error or by Ctrl-C."""
 
 HAND_OVER_S = 300.0
 """How long a checkpoint that is handed over waits for its model: other processes wait meanwhile,
