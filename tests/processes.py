@@ -125,7 +125,7 @@ def started(
         ranks = [
             subprocess.Popen(
                 [sys.executable, str(file), *arguments],
-                env=os.environ | {_MARK: mark} | environment(rank),
+                env=os.environ | {_MARK: mark, "PYTHONFAULTHANDLER": "1"} | environment(rank),
                 stdout=(log := open_logs.enter_context((folder / f"{rank}.log").open("w"))),
                 stderr=log,
             )
