@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.worker]
 
 SCRIPT = f"""
-    import datetime, os, signal, sys, time, warnings
+    import atexit, datetime, os, signal, sys, time, warnings
     warnings.simplefilter("ignore")
     sys.path.insert(0, {TESTS!r})
     import torch, zoo
@@ -37,6 +37,13 @@ SCRIPT = f"""
 
     root, what, sent = Path(sys.argv[1]), sys.argv[2], set()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
+
+    # Gloo's threads must not outlive Python with what training was waiting for: that ends a process
+    # by SIGABRT now and then (pytorch issue 190489), and Lightning sees to it for NCCL only.
+    @atexit.register
+    def leave():
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     class Trouble(Callback):
         "Goes on for ever, until something happens."
