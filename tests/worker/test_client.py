@@ -139,6 +139,11 @@ def in_memory(one: Order) -> bool:
     )
 
 
+def all_in_memory(worker: Worker, orders: list[Order]) -> list[bool]:
+    with worker._changed:
+        return [in_memory(one) for one in orders]
+
+
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker that takes no order."""
@@ -176,9 +181,9 @@ def test_weights_that_can_be_read_from_no_folder_are_put_aside(
         patch.setattr(Worker, "_ensure_thread", lambda _: None)  # it is busy
         worker, results = Worker(Background()), []
         orders = queued(worker, tmp_path, results, "remote")
-        wanted = [torch.load(f"/proc/self/fd/{one.weights}") for one in orders]
-        until(lambda: sum(map(in_memory, orders)) == client.MAX_COPIES)
-        assert [in_memory(one) for one in orders] == [False] * 3 + [True] * 2
+        with worker._changed:  # a copy takes the place of the original under this lock
+            wanted = [torch.load(f"/proc/self/fd/{one.weights}") for one in orders]
+        until(lambda: all_in_memory(worker, orders) == [False] * 3 + [True] * 2)
         assert all(one.weights is not None for one in orders)
         assert list(tmp_path.iterdir()) == []  # the file has no name, so that nothing can stay
     worker.submit(order(tmp_path, 5, results))
