@@ -146,7 +146,9 @@ STARTED = f"""
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp_spawn", pytest.param("ddp_notebook", marks=pytest.mark.exhaustive)]
+)
 def test_processes_that_the_trainer_starts(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STARTED))

@@ -150,7 +150,7 @@ LONG = "onnxport.callbacks.lightning.OnnxExport"
     ("framework", "path"),
     [
         ("lightning.pytorch", "onnxport.OnnxExport"),
-        ("pytorch_lightning", LONG),
+        pytest.param("pytorch_lightning", LONG, marks=pytest.mark.exhaustive),
         pytest.param("lightning.pytorch", LONG, marks=pytest.mark.exhaustive),
         pytest.param("pytorch_lightning", "onnxport.OnnxExport", marks=pytest.mark.exhaustive),
     ],

@@ -82,6 +82,7 @@ def test_postgresql_itself(database: str, tmp_path: Path) -> None:
     assert_two_whole_models(database, experiment, "pg")
 
 
+@pytest.mark.exhaustive
 def test_a_server_behind_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users = tmp_path / "auth.ini"
     users.write_text(
@@ -133,6 +134,7 @@ FRESH = """
 """
 
 
+@pytest.mark.exhaustive
 def test_two_trainings_on_a_fresh_database(tmp_path: Path) -> None:
     script = tmp_path / "one.py"
     script.write_text(textwrap.dedent(FRESH))

@@ -65,12 +65,12 @@ def test_orders_that_come_while_the_thread_leaves_are_done(
 ) -> None:
     monkeypatch.setattr(client, "IDLE_S", 0.05)
     worker, results = Worker(Background()), []
-    for number in range(4):
+    for number in range(3):
         worker.submit(order(tmp_path, number, results))
         assert worker.wait("s", 120.0) == []
         # Around the moment in which the thread and its process go.
-        time.sleep(0.045 + 0.008 * number)
-    assert [result.report.ok for result in results] == [True] * 4
+        time.sleep(0.045 + 0.01 * number)
+    assert [result.report.ok for result in results] == [True] * 3
     worker.close()
 
 
