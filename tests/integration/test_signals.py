@@ -141,6 +141,19 @@ def test_ctrl_c_between_a_checkpoint_and_its_model(
         assert read_metadata(model)["weights_sha256"] == onnxport.weights_sha256(state)
 
 
+def test_ctrl_c_while_a_checkpoint_is_saved_of_which_no_model_is_wanted(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    saves = zoo.checkpoints(tmp_path, save_top_k=1, save_last=True, monitor="val_loss")
+    export = OnnxExport(core="trace", when="end")
+    trainer = zoo.trainer(tmp_path, saves, export, epochs=9, plugins=[TorchCheckpointIO()])
+    with pytest.raises(SystemExit):
+        trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader(), zoo.loader(shuffle=False))
+    signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.rglob("last.ckpt"))
+    assert export.reports == []
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
 def test_what_interrupts_work_comes_after_it() -> None:
     turns, said = Turns(), list[str]()
 

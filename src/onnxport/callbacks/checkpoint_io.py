@@ -43,7 +43,7 @@ class MirroredCheckpointIO:
             on_saved: Called with the checkpoint's content and path once it was saved.
             on_removed: Called with the path once it was removed.
             on_interrupted: Called with the path if Ctrl-C or an exit came while it was saved, or
-                while ``on_saved`` was called: nobody knows how far that got.
+                before ``on_saved`` has returned: nobody knows how far that got.
         """
         self.listeners[key] = (on_saved, on_removed, on_interrupted)
 
@@ -56,13 +56,15 @@ class MirroredCheckpointIO:
             KeyboardInterrupt: Goes on.
             SystemExit: Goes on.
         """
-        listeners = tuple(self.listeners.values())
+        untold = list(self.listeners.values())
         try:
             self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-            for on_saved, _, _ in listeners:
+            while untold:
+                on_saved, _, _ = untold[0]
                 on_saved(checkpoint, str(path))
+                untold.pop(0)
         except (KeyboardInterrupt, SystemExit):
-            for _, _, on_interrupted in listeners:
+            for _, _, on_interrupted in untold:
                 on_interrupted(str(path))
             raise
 

@@ -17,7 +17,7 @@ _CHUNK_BYTES = 2**22
 def put_aside(weights: int, folder: Path) -> int:
     """Copy weights from memory to disk.
 
-    At most half of what is free is taken: training writes there, too.
+    At least as much again stays free: training writes there, too.
 
     Args:
         weights: Their descriptor, which stays open.

@@ -196,6 +196,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._remote = RemoteModels(self._folder)
         self._paths = ModelPaths(self.dirpath)
         self._interrupted: list[str] = []
+        self._on_its_way = ""
         self._linked = 0
         self._batches = 0
         self._ended = self._failed = False
@@ -365,6 +366,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._interrupted.clear()
         for path in interrupted:
             self._begin_again(trainer, path)
+        self._on_its_way = ""
         self._ended = self._failed = True
         end = time.monotonic() + DRAIN_AFTER_ERROR_S
         with _never_raises("the end of training by an error"):
@@ -437,7 +439,9 @@ class OnnxExport(metaclass=FrameworkAware):
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         # Without it, weights are on their way home from a process of ddp_spawn.
         if "state_dict" in content and self._wants(trainer, path):
+            self._on_its_way = path
             self._on_wanted(trainer, content, path)
+            self._on_its_way = ""
 
     def _on_wanted(
         self,
@@ -462,12 +466,14 @@ class OnnxExport(metaclass=FrameworkAware):
         """Make the models of a checkpoint whose save was broken off, if it is there after all."""
         with _never_raises(f"exporting {path}"):
             file = file_of(trainer, path)
-            if file is None:
+            decided = path == self._on_its_way  # for each checkpoint once: some wants every third
+            if file is None or not (decided or self._wants(trainer, path)):
                 return
             state = read_state_dict(file)
             weights = weights_sha256(state)
             lacking = [name for name in self._sessions if not self._holds(path, name, weights)]
-            self._on_wanted(trainer, {"state_dict": state}, path, lacking)
+            if lacking:
+                self._on_wanted(trainer, {"state_dict": state}, path, lacking)
 
     def _holds(self, checkpoint: str, name: str, weights: str) -> bool:
         """Tell whether these very weights of a checkpoint have become a model."""
