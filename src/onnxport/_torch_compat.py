@@ -43,6 +43,7 @@ __all__ = [
     "operators_read_once",
     "plain_name",
     "rewritten_sources",
+    "unwrapped",
     "without_modes",
 ]
 
@@ -319,6 +320,16 @@ def plain_name(name: str) -> str:
         'net.0.weight'
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(module: Any) -> Any:
+    """Take a module out of the wrappers that PyTorch has put around it."""
+    while isinstance(module, torch.nn.Module):
+        inner = [part for name, part in vars(module)["_modules"].items() if name in WRAPPERS]
+        if not inner:
+            break
+        module = inner[0]
+    return module
 
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.flat import FlatModule
@@ -85,6 +86,13 @@ def test_a_method_runs_in_the_place_of_forward() -> None:
 def test_a_name_of_nothing_that_can_be_called_is_refused_with_the_submodules(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"no submodule and no method.*'encoder'"):
         require_target(Pair(), name)
+
+
+def test_a_method_of_a_submodule_that_is_computed_again_is_found() -> None:
+    module = Outer()
+    module.inner = checkpoint_wrapper(module.inner)
+    found = find_target(module, "inner.embed")
+    assert torch.equal(found(ROWS), module.inner._checkpoint_wrapped_module.embed(ROWS))
 
 
 def test_a_method_of_a_compiled_submodule_is_found() -> None:

@@ -25,6 +25,7 @@ from onnxport._torch_compat import (
     export_context,
     is_compiled_forward,
     plain_name,
+    unwrapped,
 )
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, drop_observers
@@ -42,7 +43,6 @@ __all__ = [
     "load_weights",
     "preserved_rng",
     "run_borrowed",
-    "unwrapped",
 ]
 
 
@@ -277,16 +277,6 @@ def _before_compilation(function: Any) -> Any:
     ):
         function = function.__wrapped__
     return function
-
-
-def unwrapped(module: Any) -> Any:
-    """Take a module out of the wrappers that PyTorch has put around it."""
-    while isinstance(module, nn.Module):
-        inner = [part for name, part in vars(module)["_modules"].items() if name in WRAPPERS]
-        if not inner:
-            break
-        module = inner[0]
-    return module
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]:

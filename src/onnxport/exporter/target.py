@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from onnxport._torch_compat import unwrapped
 from onnxport.errors import ConfigurationError, ExportError
 
 __all__ = ["FunctionModule", "Target", "find_target", "is_method", "require_target", "target_text"]
@@ -107,8 +108,8 @@ def _look_up(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError:
         parent, _, method = name.rpartition(".")
     try:
-        owner = module.get_submodule(parent)
-        owner = getattr(owner, "_orig_mod", owner)  # torch.compile's wrapper has no methods
+        # The wrappers of torch.compile and of FSDP1 have none of its methods.
+        owner = unwrapped(module.get_submodule(parent))
     except AttributeError:
         owner = None
     found = getattr(type(owner), method, None)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from onnxport._torch_compat import gathered_shards, plain_name
+from onnxport._torch_compat import gathered_shards, plain_name, unwrapped
 from onnxport.errors import ExportError
 from onnxport.exporter.duplicate import Duplicator, Unusable
 from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
-from onnxport.exporter.module_state import TRAINERS, preserved_rng, unwrapped
+from onnxport.exporter.module_state import TRAINERS, preserved_rng
 from onnxport.exporter.shared_weights import SharedWeights
 from onnxport.tree import map_tensors
 
