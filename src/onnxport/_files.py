@@ -1,15 +1,41 @@
-"""Look for files in folders that somebody may be working in."""
+"""Files in folders that somebody may be working in: found, written in one step, recognised."""
 
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["hidden_below"]
+__all__ = [
+    "BEGUN",
+    "OWED",
+    "UNTOLD",
+    "Ticket",
+    "hidden_below",
+    "identity_of",
+    "replace_content",
+    "sweep_begun",
+    "sync",
+]
+
+OWED, UNTOLD = ".pending", ".tracking"
+NOTES = (OWED, UNTOLD)
+"""Hidden files beside a model: it is still to be made; a server is still to be told of it."""
+BEGUN = ".tmp"
+_ABANDONED_S = 60.0
+"""Where files cannot be locked, one that was begun so long ago will never be finished."""
+_TRIES = 3
 
 
 def hidden_below(folder: Path, suffix: str) -> Iterator[Path]:
@@ -21,3 +47,103 @@ def hidden_below(folder: Path, suffix: str) -> Iterator[Path]:
         yield from (
             Path(place) / name for name in names if name.startswith(".") and name.endswith(suffix)
         )
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: If that fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def identity_of(path: Path) -> tuple[int, ...]:
+    """Return what tells a file from one that takes its place: device, inode, size, time of change.
+
+    Raises:
+        OSError: If there is none.
+    """
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A file that must stay as it is; who changes it withdraws what was asked for with it.
+
+    Args:
+        path: The file.
+        identity: Of the file, see :func:`identity_of`.
+    """
+
+    path: Path
+    identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> Ticket | None:
+        """Take a file as it is now; ``None``: it is not there."""
+        try:
+            return cls(path, identity_of(path))
+        except OSError:
+            return None
+
+    def is_valid(self) -> bool:
+        """Tell whether it is still the same."""
+        return Ticket.of(self.path) == self
+
+
+def replace_content(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it.
+
+    Whoever is killed meanwhile leaves a file that :func:`sweep_begun` removes. Nothing is synced.
+
+    Raises:
+        OSError: If the disk does not take it.
+        FileNotFoundError: If there is no such folder.
+    """
+    begun = path.with_name(f"{path.name}{BEGUN}")
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with begun.open("wb") as file:
+                _lock(file)
+                file.write(content)
+                file.flush()
+                begun.replace(path)
+                return
+        except FileNotFoundError:  # it was swept before it was locked; or there is no folder
+            if not tries_left or not path.parent.is_dir():
+                raise
+        except OSError:
+            with suppress(OSError):
+                begun.unlink()
+            raise
+
+
+def sweep_begun(folder: Path) -> None:
+    """Remove what :func:`replace_content` has begun in processes that are no more.
+
+    Args:
+        folder: Where; not below.
+    """
+    for begun in folder.glob(f".*{BEGUN}"):
+        if not begun.name.removesuffix(BEGUN).endswith(NOTES):
+            continue
+        with suppress(OSError), begun.open("rb") as file:
+            if _lock(file):
+                begun.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock an open file, if nobody has; the system unlocks it when its process ends."""
+    if fcntl is None:
+        return time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_S
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -9,13 +9,14 @@ work for it go on, and end with it.
 from __future__ import annotations
 
 import signal
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["held_back", "ignore"]
+__all__ = ["held_back", "ignore", "is_of_handler"]
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 _FOR_TRAINING = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
@@ -33,6 +34,13 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_of_handler(error: BaseException) -> bool:
+    """Tell whether a handler of a signal has raised an error, whatever it has interrupted."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def ignore() -> None:

@@ -334,3 +334,21 @@ def unwrapped(module: Any) -> Any:
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Where ``torch.compile``, FSDP1 and activation checkpointing keep the module that they wrap."""
+
+
+def validates_distributions() -> bool:
+    """Tell whether ``torch.distributions`` looks at its arguments."""
+    return bool(torch.distributions.Distribution._validate_args)  # noqa: SLF001 - has no getter
+
+
+def validate_distributions(value: bool) -> None:
+    """Put back whether it does: dynamo turns it off for the whole process, once.
+
+    Source: ``torch._dynamo.eval_frame.TorchPatcher.patch``, 2.13.
+    """
+    if validates_distributions() is value:
+        return
+    torch.distributions.Distribution.set_default_validate_args(value)
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is not None:  # who compiles next wants it off again
+        frames.TorchPatcher.patch.cache_clear()

@@ -1,12 +1,13 @@
 """Every exception that onnxport raises on purpose.
 
-Each message names what failed, why, and what to do next. All data sit in ``args``, so an error
+Each message names what failed, why, and what to do next. Each class has a code, which reports and
+the log show, and a page of that name in ``docs/errors``. All data sit in ``args``, so an error
 survives pickling on its way out of another process.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -25,21 +26,46 @@ __all__ = [
     "WorkerError",
 ]
 
+UNEXPECTED = "OX900"
+"""Code of what was raised by others: user code, a library, the system."""
+
 
 class OnnxportError(Exception):
-    """Base class of every error raised by onnxport."""
+    """Base class of every error raised by onnxport.
+
+    Attributes:
+        code: Names its page in ``docs/errors``.
+    """
+
+    code: ClassVar[str] = UNEXPECTED
+
+
+def code_of(error: BaseException) -> str:
+    """Return the code of any error.
+
+    Example:
+        >>> code_of(PublishError("The disk is full.")), code_of(ValueError())
+        ('OX500', 'OX900')
+    """
+    return error.code if isinstance(error, OnnxportError) else UNEXPECTED
 
 
 class ConfigurationError(OnnxportError, ValueError):
     """An argument is wrong or two arguments contradict each other."""
 
+    code = "OX100"
+
 
 class MissingDependencyError(OnnxportError, ImportError):
     """An optional dependency is needed and not installed."""
 
+    code = "OX110"
+
 
 class InputInferenceError(OnnxportError):
     """No usable example of the model's inputs could be found."""
+
+    code = "OX200"
 
 
 class ExportError(OnnxportError, RuntimeError):
@@ -48,6 +74,8 @@ class ExportError(OnnxportError, RuntimeError):
     Attributes:
         report: The failed report, with one attempt per core, or ``None``.
     """
+
+    code = "OX300"
 
     def __init__(self, message: str, report: ExportReport | None = None) -> None:
         super().__init__(message, report)
@@ -65,6 +93,8 @@ class VerificationError(OnnxportError, RuntimeError):
         checks: The checks that were made until the failure, the failed one included.
     """
 
+    code = "OX400"
+
     def __init__(self, message: str, checks: tuple[Check, ...] = ()) -> None:
         super().__init__(message, checks)
         self.checks = checks
@@ -77,10 +107,16 @@ class VerificationError(OnnxportError, RuntimeError):
 class PublishError(OnnxportError, RuntimeError):
     """A proven model could not be written under its final name."""
 
+    code = "OX500"
+
 
 class WorkerError(OnnxportError, RuntimeError):
     """The worker process died, hung, or was ended before it had made a model."""
 
+    code = "OX600"
+
 
 class TrackingError(OnnxportError, RuntimeError):
     """The tracking server did not take a proven model."""
+
+    code = "OX700"

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from onnxport.errors import ExportError, OnnxportError, code_of
 from onnxport.signature import TensorSpec
 
 __all__ = [
@@ -170,6 +171,7 @@ class ExportReport:
             model, waiting (for the worker's start, and for the models before it) included;
             ``"stall"``: how long training was held up.
         error: Why there is no model, or ``None``.
+        code: Of the error; names its page in ``docs/errors``.
         tracking: What the tracking server holds, or ``None``.
 
     Example:
@@ -197,6 +199,7 @@ class ExportReport:
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    code: str | None = None
     tracking: TrackingRecord | None = None
 
     @property
@@ -212,12 +215,15 @@ class ExportReport:
         return max(errors, default=None)
 
     @classmethod
-    def of_failure(cls, error: str, origin: Provenance) -> ExportReport:
+    def of_failure(
+        cls, error: str, origin: Provenance, code: str = ExportError.code
+    ) -> ExportReport:
         """Return the report of weights that did not even get to an export.
 
         Args:
             error: Why.
             origin: Where the weights come from.
+            code: Of the error.
         """
         return cls(
             ok=False,
@@ -226,7 +232,14 @@ class ExportReport:
             global_step=origin.global_step,
             metrics=origin.metrics,
             error=error,
+            code=code,
         )
+
+    def failed(self, error: BaseException) -> ExportReport:
+        """Return the same report, of an export that has failed like this."""
+        ours = isinstance(error, OnnxportError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        return replace(self, ok=False, path=None, error=text, code=code_of(error))
 
     def with_tracking(self, record: TrackingRecord) -> ExportReport:
         """Return the same report with what the tracking server holds."""

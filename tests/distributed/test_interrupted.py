@@ -118,10 +118,15 @@ def test_ctrl_c(devices: int, tmp_path: Path) -> None:
         family.until(has_models(folder))
         family.signal(signal.SIGINT)
         (code,) = family.wait(60)
-        assert code == 1, family.said
+        # Lightning kills the other processes, then leaves with 1. A thread of its own, which looks
+        # after them every five seconds, kills this one, too, if it looks just then.
+        killed = code == -signal.SIGKILL and "Forcefully terminating all" in family.said
+        assert code == 1 or (devices == 2 and killed), family.said
         assert_nobody_is_left(family)
         assert "onnxport failed" not in family.said
-    assert_each_has_a_model(folder)
+    if not killed:
+        assert_each_has_a_model(folder)
+    assert_models_are_right(folder)
 
 
 @pytest.mark.parametrize(

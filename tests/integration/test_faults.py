@@ -133,7 +133,8 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path, tmp_path: Pat
     fit(tmp_path, zoo.Classifier(large), callback)
     assert [report.ok for report in callback.reports] == [False, False]
     assert "Cannot write" in str(callback.reports[0].error)
-    assert {path.suffix for path in small_disk.iterdir()} <= {".json"}
+    # Another run may have more room: the models are owed still.
+    assert {path.suffix for path in small_disk.iterdir()} <= {".json", ".pending"}
 
 
 def test_export_to_a_full_disk_raises(small_disk: Path) -> None:

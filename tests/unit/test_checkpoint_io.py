@@ -115,3 +115,19 @@ def test_a_mirror_that_was_not_yet_filled_has_no_attributes() -> None:
     empty = object.__new__(MirroredCheckpointIO)
     with pytest.raises(AttributeError, match="inner"):
         empty.kind  # noqa: B018
+
+
+def test_who_listens_is_told_before_anything_changes() -> None:
+    events: list[Any] = []
+    plugin = MirroredCheckpointIO(Disk(events, None))
+    plugin.listen(
+        "a",
+        lambda _, path: events.append(("saved", path)),
+        lambda path: events.append(("removed", path)),
+        on_saving=lambda path: events.append(("saving", path)),
+        on_removing=lambda path: events.append(("removing", path)),
+    )
+    plugin.save_checkpoint({}, "x")
+    plugin.remove_checkpoint("x")
+    told = ["saving", "save", "saved", "removing", "remove", "removed"]
+    assert [event[0] for event in events] == told

@@ -20,7 +20,7 @@ from onnxport.exporter.module_state import (
     copy_module,
     evaluate,
     load_weights,
-    preserved_rng,
+    preserved_globals,
     run_borrowed,
 )
 
@@ -242,11 +242,11 @@ def test_the_snapshot_of_these_tests_notices_a_change(change: Callable[[Net], An
 
 def test_random_number_streams_are_put_back_also_after_an_error() -> None:
     before = streams()
-    with preserved_rng():
+    with preserved_globals():
         draw()
     assert streams() == before
     expected = pytest.raises(ValueError, match="in the middle")
-    with expected, preserved_rng():
+    with expected, preserved_globals():
         draw()
         raise ValueError("in the middle")
     assert streams() == before

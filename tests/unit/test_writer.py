@@ -278,7 +278,7 @@ def test_text_that_cannot_be_written_leaves_the_old_one(
     path = tmp_path / "model.onnx.json"
     write_text(path, "old")
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(writer, "_sync", create_autospec(writer._sync, side_effect=full))
+    monkeypatch.setattr(writer, "sync_file", create_autospec(writer.sync_file, side_effect=full))
     with pytest.raises(PublishError, match=r"model\.onnx\.json: No space left on device\. Nothing"):
         write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"

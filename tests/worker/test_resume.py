@@ -489,7 +489,7 @@ def test_one_line_names_the_checkpoint_that_was_not_waited_for(
     folder = run_that_does_not_wait(tmp_path)
     (debt,) = owed([folder])
     (line,) = [r.getMessage() for r in caplog.records if "not finished" in r.getMessage()]
-    assert line.startswith(f"No ONNX model for {debt.checkpoint.name}: ")
+    assert line.startswith(f"No ONNX model for {debt.checkpoint.name} [OX600]: ")
     assert line.endswith("with this checkpoint folder makes it.")
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     OnSaved = Callable[[dict[str, Any], str], None]
-    OnRemoved = Callable[[str], None]
-    OnInterrupted = Callable[[str], None]
+    OnPath = Callable[[str], None]
 
 __all__ = ["MirroredCheckpointIO"]
+
+
+class _Listener(NamedTuple):
+    """Who is told, see :meth:`MirroredCheckpointIO.listen`."""
+
+    on_saved: OnSaved
+    on_removed: OnPath
+    on_interrupted: OnPath
+    on_saving: OnPath
+    on_removing: OnPath
 
 
 class MirroredCheckpointIO:
@@ -27,14 +36,17 @@ class MirroredCheckpointIO:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.listeners: dict[Any, tuple[OnSaved, OnRemoved, OnInterrupted]] = {}
+        self.listeners: dict[Any, _Listener] = {}
 
     def listen(
         self,
         key: Any,
         on_saved: OnSaved,
-        on_removed: OnRemoved,
-        on_interrupted: OnInterrupted = lambda _: None,
+        on_removed: OnPath,
+        *,
+        on_interrupted: OnPath = lambda _: None,
+        on_saving: OnPath = lambda _: None,
+        on_removing: OnPath = lambda _: None,
     ) -> None:
         """Report to somebody from now on.
 
@@ -44,8 +56,12 @@ class MirroredCheckpointIO:
             on_removed: Called with the path once it was removed.
             on_interrupted: Called with the path if Ctrl-C or an exit came while it was saved, or
                 before ``on_saved`` has returned: nobody knows how far that got.
+            on_saving: Called with the path before something is saved there. Must not raise.
+            on_removing: Called with the path before what is there is removed. Must not raise.
         """
-        self.listeners[key] = (on_saved, on_removed, on_interrupted)
+        self.listeners[key] = _Listener(
+            on_saved, on_removed, on_interrupted, on_saving, on_removing
+        )
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -58,21 +74,25 @@ class MirroredCheckpointIO:
         """
         untold = list(self.listeners.values())
         try:
+            for listener in untold:
+                listener.on_saving(str(path))
             self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
             while untold:
-                on_saved, _, _ = untold[0]
-                on_saved(checkpoint, str(path))
+                untold[0].on_saved(checkpoint, str(path))
                 untold.pop(0)
         except (KeyboardInterrupt, SystemExit):
-            for _, _, on_interrupted in untold:
-                on_interrupted(str(path))
+            for listener in untold:
+                listener.on_interrupted(str(path))
             raise
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove, then report."""
+        told = tuple(self.listeners.values())
+        for listener in told:
+            listener.on_removing(str(path))
         self.inner.remove_checkpoint(path)
-        for _, on_removed, _ in tuple(self.listeners.values()):
-            on_removed(str(path))
+        for listener in told:
+            listener.on_removed(str(path))
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not yet set: unpickling, copying

@@ -7,17 +7,20 @@ template and what the live module gave.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from contextlib import suppress
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport._files import hidden_below
+from onnxport._files import BEGUN, OWED, UNTOLD, Ticket, hidden_below, replace_content, sweep_begun
 from onnxport.exporter.checkpoint_file import is_checkpoint
+from onnxport.exporter.writer import STAGING
+from onnxport.exporter.writer import sweep as sweep_staged
 from onnxport.pipeline.blueprint_file import read_plain, reference_from, reference_of
 from onnxport.report import Provenance
 from onnxport.tracking.job import address_from, plain_address
@@ -29,11 +32,22 @@ if TYPE_CHECKING:
     from onnxport.pipeline import ExportJob, LiveReference
     from onnxport.tracking.base import RunAddress
 
-__all__ = ["NO_USE", "Owed", "is_owed", "note", "owed", "settle", "sweep", "template_path"]
+__all__ = [
+    "NO_USE",
+    "Owed",
+    "is_owed",
+    "note",
+    "note_anew",
+    "owed",
+    "settle",
+    "sweep",
+    "template_path",
+    "ticket",
+    "used_below",
+]
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".pending"
 _TEMPLATE = ".onnxport-template"
 NO_USE = "Remove its .pending file, and the model is owed no more."
 """What to do where nothing can be done."""
@@ -91,8 +105,6 @@ def note(
     """
     if origin.checkpoint is None:
         return
-    marker = _marker(model)
-    begun = marker.with_name(f"{marker.name}.tmp")
     try:
         content: dict[str, Any] = {"name": name, "origin": json.dumps(asdict(origin))}
         if job is not None:
@@ -105,12 +117,31 @@ def note(
                 "address": json.dumps(None if address is None else plain_address(address)),
             }
         model.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, begun)
-        begun.replace(marker)
+        file = io.BytesIO()
+        torch.save(content, file)
+        replace_content(_marker(model), file.getvalue())
     except Exception:  # a full disk, metrics that are no numbers
         logger.debug("%s is not noted as owed.", model, exc_info=True)
-        with suppress(OSError):
-            begun.unlink(missing_ok=True)
+
+
+def note_anew(model: Path, name: str, checkpoint: str) -> None:
+    """Note that a checkpoint will be another one, or none: who makes its model stops then.
+
+    Args:
+        model: Where the model lies, or will lie.
+        name: Of the target.
+        checkpoint: Path of the checkpoint.
+    """
+    marker = _marker(model)
+    try:
+        os.utime(marker)  # what it says may still be true, if training is killed before
+    except OSError:
+        note(model, name, Provenance(checkpoint=checkpoint))
+
+
+def ticket(model: Path) -> Ticket | None:
+    """Return what is valid until the checkpoint of an owed model changes."""
+    return Ticket.of(_marker(model))
 
 
 def is_owed(model: Path) -> bool:
@@ -139,13 +170,17 @@ def owed(
         unclear: Called with a model and the reason why it is not known what it should be.
     """
     for folder in dict.fromkeys(folders):
-        for marker in sorted(hidden_below(folder, _SUFFIX)):
+        for marker in sorted(hidden_below(folder, OWED)):
             try:
                 found = _read(marker)
                 there, gone = is_checkpoint(found.checkpoint), found.checkpoint.parent.is_dir()
             except Exception as error:
                 logger.debug("%s says nothing.", marker, exc_info=True)  # damaged, or of others
-                unclear(_model(marker), f"{marker} is damaged ({type(error).__name__}).")
+                guessed = _by_its_name(_model(marker), name)
+                if guessed is None:
+                    unclear(_model(marker), f"{marker} is damaged ({type(error).__name__}).")
+                else:
+                    yield guessed
                 continue
             if name not in {None, found.name}:
                 continue
@@ -155,6 +190,16 @@ def owed(
                 settle(found.model)
             else:
                 unclear(found.model, f"Its checkpoint {found.checkpoint} is not there.")
+
+
+def _by_its_name(model: Path, name: str | None) -> Owed | None:
+    """Guess what a note has said that is damaged: its name tells the model, and the checkpoint."""
+    if name is None or not model.stem.endswith(name):
+        return None
+    checkpoint = model.with_name(f"{model.stem.removesuffix(name)}.ckpt")
+    if not is_checkpoint(checkpoint):
+        return None
+    return Owed(model=model, name=name, origin=Provenance(checkpoint=str(checkpoint)))
 
 
 def template_path(model: Path, run: str) -> Path:
@@ -167,11 +212,24 @@ def template_path(model: Path, run: str) -> Path:
     return model.with_name(f".{run}{_TEMPLATE}")
 
 
+def used_below(root: Path) -> Iterator[Path]:
+    """Yield the folders in which there are hidden files of ours, a folder's own and all below."""
+    for place, folders, names in os.walk(root):
+        staged = [name for name in folders if name.startswith(STAGING)]
+        for name in staged:
+            folders.remove(name)  # it may be of somebody who works in it
+        marks = (OWED, UNTOLD, _TEMPLATE, BEGUN)
+        if staged or any(name.startswith(".") and name.endswith(marks) for name in names):
+            yield Path(place)
+
+
 def sweep(folders: Iterable[Path]) -> None:
-    """Remove the templates in folders where nothing is owed any more."""
+    """Remove what was begun and will not be finished, and templates where nothing is owed."""
     for folder in dict.fromkeys(folders):
         try:
-            if not any(folder.glob(f".*{_SUFFIX}")):
+            sweep_begun(folder)
+            sweep_staged(folder)
+            if not any(folder.glob(f".*{OWED}")):
                 for template in folder.glob(f".*{_TEMPLATE}"):
                     template.unlink(missing_ok=True)
         except OSError:
@@ -179,7 +237,7 @@ def sweep(folders: Iterable[Path]) -> None:
 
 
 def _marker(model: Path) -> Path:
-    return model.with_name(f".{model.name}{_SUFFIX}")
+    return model.with_name(f".{model.name}{OWED}")
 
 
 def _proof_of(options: ExportOptions) -> dict[str, Any]:
@@ -189,7 +247,7 @@ def _proof_of(options: ExportOptions) -> dict[str, Any]:
 
 
 def _model(marker: Path) -> Path:
-    return marker.with_name(marker.name[1 : -len(_SUFFIX)])
+    return marker.with_name(marker.name[1 : -len(OWED)])
 
 
 def _read(marker: Path) -> Owed:

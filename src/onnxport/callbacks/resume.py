@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxport._files import hidden_below
-from onnxport.callbacks.owed import NO_USE, owed, settle, sweep
+from onnxport.callbacks.owed import NO_USE, owed, settle, sweep, used_below
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
 from onnxport.exporter.checkpoint_file import is_checkpoint, read_state_dict
@@ -89,7 +88,7 @@ def resume(
             remove_model(debt.model)
             continue
         made(report)
-    sweep({path.parent for path in hidden_below(root, ".onnxport-template")})
+    sweep(used_below(root))
     return reports
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from onnxport.errors import ExportError, WorkerError
 from onnxport.exporter.shared_weights import shared_descriptor
 from onnxport.exporter.skeleton import NotPicklableError, make_skeleton, pickle_by_value
 from onnxport.pipeline import Pipeline
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from onnxport.callbacks.live import LiveModule
     from onnxport.config import Background
-    from onnxport.errors import WorkerError
     from onnxport.pipeline import ExportJob
     from onnxport.report import Provenance
     from onnxport.tree import Example
@@ -46,13 +46,11 @@ class Outcome:
         report: The report, or ``None``: the checkpoint is gone.
         example: A small example of the model's inputs, if there is one.
         row: One row for each input, by name, if it is small.
-        lost: The worker died over it, so that nothing is known of the model: it is still owed.
     """
 
     report: ExportReport | None
     example: Example | None = None
     row: Mapping[str, np.ndarray[Any, Any]] | None = None
-    lost: bool = False
 
 
 class Runner(Protocol):
@@ -170,6 +168,7 @@ class WorkerRunner:
             only_try=not job.publish,
             template=job.template,
             then=None if job.then is None else dict(job.then),
+            ticket=job.ticket,
         )
         origin = job.provenance  # not the job, which holds the weights
         self._worker.submit(
@@ -211,8 +210,8 @@ class WorkerRunner:
                 "The module has changed since it was exported and cannot be sent to the worker. "
                 "The next checkpoint is exported in the training process."
             )
-        lost = not isinstance(result, Done)
-        finished(Outcome(ExportReport.of_failure(text, origin), lost=lost))
+        code = ExportError.code if isinstance(result, Done) else WorkerError.code
+        finished(Outcome(ExportReport.of_failure(text, origin, code)))
 
     def forget(self, path: Path) -> None:
         """Drop what waits for this model."""

@@ -18,23 +18,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._signals import is_of_handler
 from onnxport._torch_compat import plain_name
 from onnxport.api import read_examples
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.options import DRAIN_AFTER_ERROR_S
-from onnxport.callbacks.owed import NO_USE, is_owed, note, owed, settle, sweep, template_path
+from onnxport.callbacks.owed import (
+    NO_USE,
+    is_owed,
+    note,
+    note_anew,
+    owed,
+    settle,
+    sweep,
+    template_path,
+    ticket,
+)
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner, Outcome
 from onnxport.callbacks.turns import Turns
-from onnxport.errors import OnnxportError
+from onnxport.errors import OnnxportError, PublishError, WorkerError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
-from onnxport.exporter.module_state import copy_module, evaluate, preserved_rng
+from onnxport.exporter.global_state import preserved_globals
+from onnxport.exporter.module_state import copy_module, evaluate
 from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.unsharded import uncast
-from onnxport.exporter.writer import remove_model
+from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
@@ -63,6 +75,9 @@ if TYPE_CHECKING:
 __all__ = ["ExportSession", "Saved"]
 
 logger = logging.getLogger(__name__)
+
+_MAY_PASS = frozenset({PublishError.code, WorkerError.code})
+"""Failures of a disk or a worker; the model is owed still."""
 
 MAX_REHEARSALS = 3
 """Steps that are run on a copy to see calls that are compiled."""
@@ -171,6 +186,7 @@ class ExportSession:
         self._reference = Reference()
         self._rehearsals = MAX_REHEARSALS
         self._tracked: dict[Path, _Tracked] = {}
+        self._withdrawn: dict[Path, bool] = {}
         if target is not None:
             require_target(module, target)
         self._observer = _observer(module, target, is_redirected)
@@ -198,7 +214,7 @@ class ExportSession:
             logger.debug("the batch could not be walked", exc_info=True)
 
     def _rehearse(self, batch: Any, step: Callable[[Any, Any], Any]) -> None:
-        with self._unobserved(), preserved_rng():
+        with self._unobserved(), preserved_globals():
             copy = evaluate(copy_module(self._module))
             # A step may wait for other processes, which do not rehearse.
             hurry = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -230,8 +246,10 @@ class ExportSession:
             report = outcome.report
             self._small = outcome.example or self._small
             # Else the file was saved again, and is owed anew; or the module is not as it was then;
-            # or the worker had too little memory or time, which another run may give.
-            paid = report is None or report.ok or (alive and not outcome.lost)
+            # or the worker had too little memory or time, or the disk was full: another run may
+            # have more.
+            refused = report is not None and report.code in _MAY_PASS
+            paid = report is None or report.ok or (alive and not refused)
             if self._latest[path].place == place and paid:
                 settle(path)
             if report is None:
@@ -245,7 +263,7 @@ class ExportSession:
             elif not report.ok:
                 # An older model would hold other weights; a worker that died has not removed it.
                 self._remove(path)
-                if outcome.lost:
+                if refused:
                     report = replace(report, error=f"{report.error}{self._way_out(path)}")
                 save_report(report, path)
             self._kept.keep(report, seconds, place)
@@ -254,8 +272,7 @@ class ExportSession:
                 self._track(path)
 
         self._latest[path] = _Begun(place, origin)
-        if alive and not self._is_elsewhere(path):  # what another run has noted says more
-            note(path, self._name, origin)
+        self._withdrawn.pop(path, None)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
 
@@ -328,7 +345,11 @@ class ExportSession:
     def _begin(
         self, saved: Saved, finished: Finished, *, publish: bool = True, alive: bool = True
     ) -> None:
-        """Hand a job to the runner; what goes wrong on the way there is a failed report."""
+        """Hand a job to the runner; what goes wrong on the way there is a failed report.
+
+        Raises:
+            SystemExit: If a handler of a signal has raised it.
+        """
         try:
             with self._unobserved(), unobserved():
                 job, live = self._job(saved, alive=alive)
@@ -336,24 +357,22 @@ class ExportSession:
                     self._folders.add(saved.path.parent)
                     job = self._noted(job, saved, alive=alive)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and is_of_handler(error):
+                raise  # somebody ends training, and not the module that is run for a model
             logger.debug("The export could not start", exc_info=True)
-            text = (
-                str(error)
-                if isinstance(error, OnnxportError)
-                else f"{type(error).__name__}: {error}"
-            )
-            finished(Outcome(ExportReport.of_failure(text, saved.origin)))
+            finished(Outcome(ExportReport.of_failure("", saved.origin).failed(error)))
 
     def _noted(self, job: ExportJob, saved: Saved, *, alive: bool) -> ExportJob:
         """Note how a model can be made later, and where its graph will lie."""
         if self._is_elsewhere(saved.path):  # its checkpoint cannot be read from a folder
             return job
         job = replace(job, template=template_path(saved.path, self._id))
-        if job.reference is not None and alive:
+        if alive:  # what another run has noted says more
             address = None if self._outbox is None else self._address
-            note(saved.path, self._name, saved.origin, job, address)
-        return job
+            how = None if job.reference is None else job
+            note(saved.path, self._name, saved.origin, how, address)
+        return replace(job, ticket=ticket(saved.path))
 
     def _is_elsewhere(self, path: Path) -> bool:
         return self._remote is not None and self._remote.url(path) is not None
@@ -362,6 +381,52 @@ class ExportSession:
         """Weights should become a model and cannot even be had."""
         report = ExportReport.of_failure(error, origin)
         self._kept.keep(report, {"total": 0.0}, self._kept.next_place())
+
+    def saving(self, path: Path, checkpoint: str) -> None:
+        """A checkpoint is about to be saved: its model is owed, and is not what has its name now.
+
+        So whoever is killed at any moment leaves no model beside other weights than its own, and no
+        checkpoint without a model that nobody knows of.
+
+        Args:
+            path: Where the model will lie.
+            checkpoint: The checkpoint.
+        """
+        if not self._is_elsewhere(path):
+            self._withdraw(path, checkpoint)
+
+    def removing(self, path: Path, checkpoint: str) -> None:
+        """A checkpoint is about to be removed, and its model is before that.
+
+        Args:
+            path: The model; files that are none of ours stay.
+            checkpoint: The checkpoint.
+        """
+        if not self._is_elsewhere(path) and (path.exists() or is_owed(path)):
+            self._withdraw(path, checkpoint)
+
+    def _withdraw(self, path: Path, checkpoint: str) -> None:
+        ours = False
+        try:
+            ours = is_model_of(path, Path(checkpoint))
+            if ours or not path.exists():
+                note_anew(path, self._name, checkpoint)
+                withdraw_staged(path)
+            if ours:
+                withdraw_model(path)
+        except OSError as error:
+            logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
+        self._runner.forget(path)
+        self._withdrawn[path] = ours
+
+    def pass_over(self, path: Path) -> None:
+        """A checkpoint was saved of which no model is wanted: none is owed.
+
+        Args:
+            path: Where the model would lie.
+        """
+        if self._withdrawn.pop(path, None) is not None:
+            settle(path)
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
         """A checkpoint was removed: remove its model.
@@ -372,7 +437,8 @@ class ExportSession:
         """
         self._runner.forget(path)
         settle(path)
-        if checkpoint is None or is_model_of(path, Path(checkpoint)):
+        withdrawn = self._withdrawn.pop(path, False)
+        if withdrawn or checkpoint is None or is_model_of(path, Path(checkpoint)):
             self._remove(path)
         elif self._remote is not None:  # another run may have made it
             self._remote.remove(path, checkpoint)
@@ -407,7 +473,7 @@ class ExportSession:
                 f"Background(drain_s=), and {DRAIN_AFTER_ERROR_S:.0f} s after Ctrl-C or an error."
             )
             origin = self._latest[path].origin
-            report = ExportReport.of_failure(text + self._way_out(path), origin)
+            report = ExportReport.of_failure(text + self._way_out(path), origin, WorkerError.code)
             self._kept.keep(report, {"total": limit_s}, self._latest[path].place)
 
     def _way_out(self, path: Path) -> str:

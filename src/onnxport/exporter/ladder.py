@@ -13,9 +13,9 @@ from onnxport.errors import OnnxportError, VerificationError
 from onnxport.exporter.control_flow import branches
 from onnxport.exporter.dynamo import DynamoCore
 from onnxport.exporter.explain import explain, explain_mismatch
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.isolation import isolated
 from onnxport.exporter.locate import traced_lines
-from onnxport.exporter.module_state import preserved_rng
 from onnxport.exporter.patches import PATCHES, applied, patches_for, text_of
 from onnxport.exporter.reproduce import FailedAttempt
 from onnxport.exporter.torchscript import ScriptCore, TraceCore
@@ -211,7 +211,7 @@ def _attempt(
     failure: Exception | None = None
     try:
         with (
-            preserved_rng(),
+            preserved_globals(),
             export_context(),
             captured_output() as output,
             applied(rung.patches, request.module),

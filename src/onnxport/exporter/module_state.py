@@ -6,14 +6,12 @@ never moved, cast or written to. Everything else happens on a copy.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -28,6 +26,7 @@ from onnxport._torch_compat import (
     unwrapped,
 )
 from onnxport.exporter.duplicate import Duplicator, Unusable
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.hooks import drop_hooks, drop_observers
 from onnxport.exporter.target import find_target
 
@@ -41,24 +40,8 @@ __all__ = [
     "copy_module",
     "evaluate",
     "load_weights",
-    "preserved_rng",
     "run_borrowed",
 ]
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Put back the random number streams of Python, NumPy and torch (CPU and CUDA)."""
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager
@@ -87,7 +70,7 @@ def borrowed(
         if tensor is not None
     }
     duplicator = Duplicator(memo | dict(tensors or {}))
-    with preserved_rng(), export_context(), _eager():
+    with preserved_globals(), export_context(), _eager():
         try:
             for submodule, attributes in zip(submodules, before, strict=True):
                 lent = {name: duplicator.copy(value) for name, value in attributes.items()}
@@ -213,7 +196,7 @@ def copy_module(
     """
     trainers = [vars(submodule).get(name) for submodule in module.modules() for name in TRAINERS]
     # A checkpoint may be saved under inference mode; tensors made there could not be exported.
-    with preserved_rng(), torch.inference_mode(False), torch.no_grad():
+    with preserved_globals(), torch.inference_mode(False), torch.no_grad():
         tensors = _copied_tensors(module) if stand_ins is None else dict(stand_ins)
         memo = tensors | {
             id(value): Unusable(type(value).__name__) for value in trainers if value is not None

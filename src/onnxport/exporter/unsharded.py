@@ -18,8 +18,9 @@ from torch import nn
 from onnxport._torch_compat import gathered_shards, plain_name, unwrapped
 from onnxport.errors import ExportError
 from onnxport.exporter.duplicate import Duplicator, Unusable
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.hooks import drop_hooks, hooks_of_any_kind
-from onnxport.exporter.module_state import TRAINERS, preserved_rng
+from onnxport.exporter.module_state import TRAINERS
 from onnxport.exporter.shared_weights import SharedWeights
 from onnxport.tree import map_tensors
 
@@ -126,7 +127,7 @@ def whole_module(module: nn.Module, state: Mapping[str, Any], *, flat: bool = Fa
     memo |= {id(hook): Unusable("hook") for hook in machinery}
     memo |= {id(value): None for value in _not_its_own(module)}
     memo |= {id(view): None for view in (_views_of_flat(module, plain) if flat else ())}
-    with preserved_rng(), torch.no_grad(), torch.inference_mode(False):
+    with preserved_globals(), torch.no_grad(), torch.inference_mode(False):
         twin: nn.Module = Duplicator(memo).copy(module)
     for submodule in list(twin.modules()):
         children = vars(submodule)["_modules"]

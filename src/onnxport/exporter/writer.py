@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
-import os
+import secrets
 import shutil
 import tempfile
-import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from filelock import FileLock, Timeout
 
+from onnxport._files import sync as sync_file
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
 from onnxport.exporter.model_file import write_all, write_external, write_inline
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTERNAL_DATA_BYTES",
+    "STAGING",
     "drop_weights",
     "finish_graph",
     "model_files",
@@ -40,6 +43,8 @@ __all__ = [
     "staging",
     "sweep",
     "sync_model",
+    "withdraw_model",
+    "withdraw_staged",
     "write_filled",
     "write_text",
     "write_whole",
@@ -65,9 +70,7 @@ def staging(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         sweep(final.parent)
-        fresh = Path(tempfile.mkdtemp(prefix=_UNBORN, dir=final.parent))
-        lock = _lock(fresh)
-        folder = fresh.rename(fresh.with_name(fresh.name.replace(_UNBORN, _STAGING)))
+        folder, lock = _locked_folder(final.parent)
     except OSError as error:
         raise PublishError(
             f"Cannot write to {final.parent}: {error.strerror or error}. "
@@ -76,34 +79,63 @@ def staging(final: Path) -> Iterator[Path]:
     try:
         yield folder / final.name
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            lock.release()
+        _clear(folder, lock)
 
 
-_STAGING, _UNBORN = ".onnxport-", ".onnxport.new-"
-"""A staging folder has its name only when it is locked."""
-
-_UNBORN_S = 60.0
-"""An empty folder that is so old will never be locked."""
+STAGING = ".onnxport-"
+"""What the name of a folder begins with in which a file is made."""
+_LOCK = "lock"
+_TRIES = 5
 
 
 def sweep(folder: Path) -> None:
-    """Remove the staging folders of processes that are no more."""
-    for left in folder.glob(f"{_STAGING}*"):
+    """Remove the staging folders of processes that are no more, and what was withdrawn."""
+    for left in folder.glob(f"{STAGING}*"):
         lock = _lock(left)
         if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left, lock)
+
+
+def _clear(folder: Path, lock: FileLock | None) -> None:
+    """Remove a folder and what is in it, the lock last: it is held until the rest is gone.
+
+    On a network file system a file that is removed while it is open stays, by another name, and
+    with it its folder.
+    """
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name == _LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    if lock is not None:
+        lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, FileLock | None]:
+    """Make a staging folder that nobody sweeps.
+
+    Raises:
+        OSError: If it cannot be made.
+        FileNotFoundError: If somebody else removes all that is made.
+    """
+    for _ in range(_TRIES):
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
+        lock = _lock(folder)
+        # Somebody may sweep it before it is locked.
+        if folder.exists():
+            return folder, lock
+        if lock is not None:
             lock.release()
-    for left in folder.glob(f"{_UNBORN}*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _UNBORN_S:
-                shutil.rmtree(left, ignore_errors=True)
+    raise FileNotFoundError(errno.ENOENT, "somebody removes the folders that are made", parent)
 
 
 def _lock(folder: Path) -> FileLock | None:
     """Lock a staging folder; the system unlocks it when the process ends, however it ends."""
-    lock = FileLock(folder / "lock", timeout=0, thread_local=False)
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except (Timeout, OSError, NotImplementedError):
@@ -210,7 +242,7 @@ def _written(path: Path, *, sync: bool = True) -> Iterator[None]:
         path.with_name(path.name + DATA_SUFFIX).unlink(missing_ok=True)
         yield
         for file in model_files(path) if sync else ():
-            _sync(file)
+            sync_file(file)
     except OSError as error:
         raise PublishError(_not_written(path, error)) from error
 
@@ -223,7 +255,7 @@ def sync_model(path: Path) -> None:
     """
     try:
         for file in model_files(path):
-            _sync(file)
+            sync_file(file)
     except OSError as error:
         raise PublishError(_not_written(path, error)) from error
 
@@ -286,7 +318,7 @@ def publish(staged: Path, final: Path) -> None:
         else:
             staged.replace(final)
             final_data.unlink(missing_ok=True)
-        _sync(final.parent)
+        sync_file(final.parent)
     except OSError as error:
         raise PublishError(_not_written(final, error)) from error
 
@@ -315,7 +347,7 @@ def write_text(path: Path, text: str) -> None:
     with staging(path) as staged:
         try:
             staged.write_text(text, encoding="utf-8")
-            _sync(staged)
+            sync_file(staged)
             staged.replace(path)
         except OSError as error:
             raise PublishError(_not_written(path, error)) from error
@@ -337,21 +369,48 @@ def remove_model(path: Path) -> None:
 
     What is not there, and what somebody else put there, is left alone.
     """
+    for file in _files_of_ours(path):
+        file.unlink(missing_ok=True)
+
+
+def withdraw_model(path: Path) -> None:
+    """Take the names from a model of ours, its external data and its report; see `remove_model`.
+
+    It takes no longer for a large model, because training waits for it: what has lost its name is
+    swept later.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    files = _files_of_ours(path)
+    if files:
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=path.parent))
+        for file in files:
+            with suppress(FileNotFoundError):
+                file.rename(_fresh_name(folder))
+
+
+def withdraw_staged(path: Path) -> None:
+    """Make sure that no model that is being made now gets this name.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    for staged in path.parent.glob(f"{STAGING}*/{glob.escape(path.name)}"):
+        with suppress(FileNotFoundError):  # published, or given up, a moment ago
+            staged.parent.rename(_fresh_name(path.parent))
+
+
+def _files_of_ours(path: Path) -> list[Path]:
+    """Return the files of a model that are ours; first the report, which says that there is one."""
     report = report_path(path)
     reported = is_our_report(report)
-    if is_ours(path) or (reported and not path.exists()):
-        for file in model_files(path):
-            file.unlink(missing_ok=True)
-    if reported:
-        report.unlink(missing_ok=True)
+    ours = is_ours(path) or (reported and not path.exists())
+    return [*([report] if reported else []), *(model_files(path) if ours else ())]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fresh_name(folder: Path) -> Path:
+    return folder / f"{STAGING}{secrets.token_hex(8)}"
 
 
 def _not_written(path: Path, error: OSError) -> str:

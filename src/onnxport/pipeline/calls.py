@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from onnxport._torch_compat import export_context
 from onnxport.errors import InputInferenceError
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.isolation import isolated
-from onnxport.exporter.module_state import preserved_rng
 from onnxport.exporter.target import FunctionModule
 from onnxport.inputs.naming import input_names
 from onnxport.inputs.unused import unused_tensors, without
@@ -33,7 +33,7 @@ def used_parts(
         return examples
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with preserved_rng(), export_context(), isolated(module):
+        with preserved_globals(), export_context(), isolated(module):
             return module(*args, **kwargs)
 
     try:

@@ -10,8 +10,8 @@ import torch
 from onnxport._torch_compat import export_context
 from onnxport.errors import ExportError
 from onnxport.exporter.flat import FlatModule
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.isolation import isolated, watched
-from onnxport.exporter.module_state import preserved_rng
 from onnxport.pipeline.randomness import first_random_module, reseed
 from onnxport.pipeline.runs import run_flat
 from onnxport.tree import flatten
@@ -35,9 +35,9 @@ def first_run(flat: FlatModule, tensors: Tensors) -> list[tuple[tuple[object, ..
         ExportError: If it does not.
     """
     try:
-        with preserved_rng(), export_context():
+        with preserved_globals(), export_context():
             first, flat.keeps_state = watched(flat, lambda: flat.run_nested(_clones(tensors)))
-        with preserved_rng():
+        with preserved_globals():
             reseed()
             second = _run_nested(flat, tensors)
     except Exception as error:
@@ -79,7 +79,7 @@ def _run_nested(
     flat: FlatModule, tensors: Tensors
 ) -> list[tuple[tuple[object, ...], torch.Tensor]]:
     fresh = isolated(flat) if flat.keeps_state else nullcontext()
-    with preserved_rng(), export_context(), fresh:
+    with preserved_globals(), export_context(), fresh:
         return flat.run_nested(_clones(tensors))
 
 

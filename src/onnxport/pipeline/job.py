@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from onnxport._files import Ticket
     from onnxport.config import ExportOptions
     from onnxport.exporter.target import Target
     from onnxport.tree import Example
@@ -122,6 +123,7 @@ class ExportJob:
         publish: Whether a proven model gets its name; if not, nothing is left of it.
         template: Where to keep what later models of the same module need besides their weights, or
             ``None``.
+        ticket: Nobody wants the model any more once this is not valid; ``None``: it always is.
     """
 
     source: ModuleSource
@@ -136,3 +138,18 @@ class ExportJob:
     skip: frozenset[str] = frozenset()
     publish: bool = True
     template: Path | None = None
+    ticket: Ticket | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the checkpoint still is what it was."""
+        return self.ticket is None or self.ticket.is_valid()
+
+    def require_wanted(self) -> None:
+        """Stop where the checkpoint is being replaced or removed.
+
+        Raises:
+            CheckpointGoneError: If so.
+        """
+        if not self.is_wanted:
+            raise CheckpointGoneError

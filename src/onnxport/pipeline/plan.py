@@ -13,8 +13,9 @@ from onnxport._torch_compat import DEFAULT_OPSET, export_context, fake_tensors
 from onnxport.config import PRECISIONS
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.isolation import watched
-from onnxport.exporter.module_state import evaluate, preserved_rng
+from onnxport.exporter.module_state import evaluate
 from onnxport.exporter.target import FunctionModule, find_target
 from onnxport.inputs.axes import AxisPlan, Module, declared_axes, infer_axes
 from onnxport.inputs.naming import input_names, output_names
@@ -177,7 +178,7 @@ class Plan:
     def _grows(self, sizes: Mapping[str, int]) -> bool:
         """Tell, by a run that computes nothing, whether the module changes itself at some sizes."""
         try:
-            with preserved_rng(), export_context(), fake_tensors(self.calls[0]) as fakes:
+            with preserved_globals(), export_context(), fake_tensors(self.calls[0]) as fakes:
                 larger = [
                     fake.new_zeros(
                         [sizes.get(dims.get(a, ""), n) for a, n in enumerate(fake.shape)]

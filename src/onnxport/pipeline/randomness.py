@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from onnxport._torch_compat import export_context
-from onnxport.exporter.module_state import preserved_rng
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.tree import flatten
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def first_random_module(module: nn.Module, tensors: Sequence[torch.Tensor]) -> s
     Returns:
         ``""`` when no submodule can be told.
     """
-    with preserved_rng(), export_context():
+    with preserved_globals(), export_context():
         first = _results(module, tensors)
         reseed()
         second = _results(module, tensors)

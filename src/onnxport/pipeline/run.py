@@ -6,10 +6,12 @@ import logging
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from onnxport.errors import OnnxportError, VerificationError
+from onnxport._files import sync
+from onnxport.errors import ExportError, OnnxportError, VerificationError
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
@@ -18,6 +20,7 @@ from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
     publish,
+    remove_model,
     require_replaceable,
     staging,
 )
@@ -25,7 +28,7 @@ from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.changes import require_as_then
-from onnxport.pipeline.job import GivenModule, SourceLostError
+from onnxport.pipeline.job import CheckpointGoneError, GivenModule, SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan, one_row
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
@@ -85,6 +88,7 @@ class Pipeline:
 
         Raises:
             SourceLostError: If the job is not to be done here; nothing is left of it.
+            CheckpointGoneError: If the checkpoint has changed meanwhile.
         """
         draft = _draft(job)
         watch = Stopwatch(self.tell)
@@ -101,22 +105,18 @@ class Pipeline:
                 error.add_note(attempt.reason)
             raise
         except OnnxportError as error:
-            report = replace(draft, error=str(error))
+            report = draft.failed(error)
         except Exception as error:  # user code runs in here; the error is reported, see below
             logger.exception("Exporting %s failed unexpectedly", job.path)
-            report = replace(draft, error=f"{type(error).__name__}: {error}")
+            report = draft.failed(error)
         seconds = {key: round(value, 4) for key, value in watch.seconds.items()}
         report = replace(report, seconds=seconds)
         if not job.publish:
             return replace(report, path=None)
-        if report.ok:
-            try:
-                write_report(report, job.path)
-            except OnnxportError as error:
-                report = replace(report, ok=False, path=None, error=str(error))
-        if not report.ok:
-            report = discard_stale(report, job.path)
-            save_report(report, job.path)
+        report = _reported(report, job.path)
+        if not job.is_wanted:
+            remove_model(job.path)
+            raise CheckpointGoneError
         return report
 
     # --- refresh ----------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Pipeline:
         core, start = known.rung.core.name, time.perf_counter()
         attempt = Attempt(core=core, variant="refresh", ok=True, reason="", seconds=0.0)
         try:
-            with staging(job.path) as staged:
+            with _wanted(job) as staged:
                 made = refresh(
                     known,
                     job,
@@ -206,7 +206,7 @@ class Pipeline:
                 evidence=plan.axes.evidence,
                 warnings=(*plan.warnings, *proof.warnings),
             )
-            with staging(job.path) as staged:
+            with _wanted(job) as staged:
                 candidate = Candidate(job, plan, proof, staged, watch, self._prep, digest, pool)
                 climbed = self._climb(candidate, climbed)
                 attempts += climbed.attempts
@@ -231,7 +231,7 @@ class Pipeline:
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
-        return replace(draft, error=_no_core(draft) + self._reproduce(job, plan, failures))
+        return draft.failed(ExportError(_no_core(draft) + self._reproduce(job, plan, failures)))
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
         """Write what repeats the failure, once per run: it holds the module's weights."""
@@ -325,6 +325,45 @@ def _no_core(report: ExportReport) -> str:
         for attempt in report.attempts
     )
     return f"No core produced a model that passed the proof. {tried}"
+
+
+def _reported(report: ExportReport, path: Path) -> ExportReport:
+    """Write the report beside the model; where that, or the model, has failed, none is left."""
+    if report.ok:
+        try:
+            write_report(report, path)
+        except OnnxportError as error:
+            report = report.failed(error)
+    if not report.ok:
+        report = discard_stale(report, path)
+        save_report(report, path)
+    return report
+
+
+@contextmanager
+def _wanted(job: ExportJob) -> Iterator[Path]:
+    """Give the path of a file that can be published, unless the checkpoint changes meanwhile.
+
+    Who changes it makes the ticket void, then removes what is staged. So a file that is staged
+    before the ticket is looked at cannot get its final name afterwards.
+
+    Raises:
+        CheckpointGoneError: If it has changed already.
+        PublishError: If nothing can be written there.
+    """
+    with staging(job.path) as staged:
+        staged.touch()
+        job.require_wanted()
+        if job.ticket is not None:
+            _keep(job.ticket.path)
+        yield staged
+
+
+def _keep(note: Path) -> None:
+    """Bring a note to the disk that training has written and did not wait for."""
+    with suppress(OSError):  # withdrawn a moment ago; or the model says that the disk fails
+        sync(note)
+        sync(note.parent)
 
 
 def _publish(job: ExportJob, staged: Path, watch: Stopwatch) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxport._torch_compat import FAKE_TENSOR_LIMITS, export_context, fake_tensors
+from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.isolation import isolated
-from onnxport.exporter.module_state import preserved_rng
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ def run_flat(
         isolate: Let the run leave no trace in the module, though it usually leaves none.
     """
     fresh = isolated(module) if isolate or module.keeps_state else nullcontext()
-    with preserved_rng(), export_context(), fresh:
+    with preserved_globals(), export_context(), fresh:
         return tuple(tensor.detach() for tensor in module(*(tensor.clone() for tensor in tensors)))
 
 

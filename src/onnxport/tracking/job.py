@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxport._files import hidden_below
+from onnxport._files import UNTOLD, hidden_below, replace_content
 from onnxport.config import MLflow
 from onnxport.report import ExportReport, Provenance
 from onnxport.tracking.base import Model, RunAddress, without_password
@@ -38,7 +38,6 @@ __all__ = [
     "save_job",
 ]
 
-_SUFFIX = ".tracking"
 _VERSION = 1
 
 
@@ -67,12 +66,12 @@ class Job:
 
 def job_path(model: Path) -> Path:
     """Return where the job of a model is noted."""
-    return model.with_name(f".{model.name}{_SUFFIX}")
+    return model.with_name(f".{model.name}{UNTOLD}")
 
 
 def model_of(path: Path) -> Path:
     """Return the model that a job is about."""
-    return path.with_name(path.name[1 : -len(_SUFFIX)])
+    return path.with_name(path.name[1 : -len(UNTOLD)])
 
 
 def save_job(job: Job) -> Path:
@@ -91,9 +90,7 @@ def save_job(job: Job) -> Path:
         "ended": job.ended,
         "token": job.token,
     }
-    begun = path.with_name(f"{path.name}.tmp")
-    begun.write_text(json.dumps(content), encoding="utf-8")
-    begun.replace(path)
+    replace_content(path, json.dumps(content).encode())
     return path
 
 
@@ -162,7 +159,7 @@ def jobs_in(folders: Iterable[Path]) -> Iterator[Path]:
     """Yield the jobs in folders and below, in the order in which they were noted."""
     found: dict[Path, int] = {}
     for folder in folders:
-        for path in hidden_below(folder, _SUFFIX):
+        for path in hidden_below(folder, UNTOLD):
             with suppress(FileNotFoundError):  # carried out meanwhile
                 found[path] = path.stat().st_mtime_ns
     yield from sorted(found, key=lambda path: (found[path], path))

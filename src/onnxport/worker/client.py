@@ -152,6 +152,7 @@ class Worker:
         with self._changed:
             self._preload.update(preload)
             self._open.add(session)
+            self._deaths = 0  # of an earlier run
             self._warm = True
             self._ensure_thread()
             self._changed.notify_all()
@@ -399,7 +400,7 @@ class Worker:
                 message = process.receive(self._options.stage_timeout_s)
                 if isinstance(message, Done) and message.number == job.number:
                     self._deaths = 0
-                    return message
+                    return _without_some(message) if skip else message
                 if isinstance(message, StageBegun):
                     order.stage = message.stage
                     rung = message.rung if message.stage == "export" else rung
@@ -408,6 +409,14 @@ class Worker:
                 order.job = replace(job, skip=job.skip | {rung})
                 self._deadly[job.session, rung] += 1
             raise
+
+
+def _without_some(done: Done) -> Done:
+    """Say of a failure that rungs were left out: the worker's end is its reason, too."""
+    report = done.report
+    if report is None or report.ok:
+        return done
+    return replace(done, report=replace(report, code=WorkerError.code))
 
 
 _WORKERS: dict[tuple[Background, int], Worker] = {}

@@ -10,12 +10,15 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from onnxport._files import identity_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
 
+    from onnxport._files import Ticket
     from onnxport.config import ExportOptions
     from onnxport.pipeline import LiveReference
     from onnxport.report import ExportReport, Provenance
@@ -77,12 +80,6 @@ class WeightsFile:
         return cls(path=path, key="state_dict", identity=identity_of(path))
 
 
-def identity_of(path: Path) -> tuple[int, ...]:
-    """Return what tells a file from one that takes its place."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SentJob:
     """An :class:`~onnxport.pipeline.ExportJob` without what the worker has already.
@@ -103,6 +100,7 @@ class SentJob:
         only_try: Make no file that lasts: the module is tried before there is a checkpoint.
         template: Where to keep what later models need besides their weights.
         then: See :class:`~onnxport.pipeline.job.ExportJob`.
+        ticket: See :class:`~onnxport.pipeline.job.ExportJob`.
     """
 
     number: int
@@ -120,6 +118,7 @@ class SentJob:
     only_try: bool = False
     template: Path | None = None
     then: dict[str, str] | None = None
+    ticket: Ticket | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxport._files import identity_of
 from onnxport._signals import ignore
 from onnxport.worker.protocol import (
     Done,
@@ -33,7 +34,6 @@ from onnxport.worker.protocol import (
     Setup,
     StageBegun,
     WeightsFile,
-    identity_of,
     receive,
     send,
 )
@@ -178,6 +178,7 @@ class _Server:
                 publish=not job.only_try,
                 template=job.template,
                 then=job.then,
+                ticket=job.ticket,
             )
         )
         gone = job.weights.path is not None and not job.weights.path.exists()

@@ -252,6 +252,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 lambda path: self._wants(trainer, path),
                 lambda content, path: self._on_wanted(trainer, content, path),
                 lambda reason, path: self._on_refused(trainer, reason, path),
+                self._on_saving,
             )
         if not trainer.is_global_zero:
             return
@@ -263,7 +264,9 @@ class OnnxExport(metaclass=FrameworkAware):
             id(self),
             lambda content, path: self._on_saved(trainer, content, path),
             self._on_removed,
-            self._interrupted.append,
+            on_interrupted=self._interrupted.append,
+            on_saving=self._on_saving,
+            on_removing=self._on_removing,
         )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -436,12 +439,31 @@ class OnnxExport(metaclass=FrameworkAware):
 
     # --- checkpoints ------------------------------------------------------------------------
 
+    def _on_saving(self, path: str) -> None:
+        with _never_raises(f"the save of {path}"):
+            for name, session in self._sessions.items():
+                if not _is_of_tuner(path):
+                    session.saving(self._model_path(path, name), path)
+
+    def _on_removing(self, path: str) -> None:
+        with _never_raises(f"the removal of {path}"):
+            for name, session in self._sessions.items():
+                session.removing(self._model_path(path, name), path)
+
     def _on_saved(self, trainer: Any, content: dict[str, Any], path: str) -> None:
         # Without it, weights are on their way home from a process of ddp_spawn.
         if "state_dict" in content and self._wants(trainer, path):
             self._on_its_way = path
             self._on_wanted(trainer, content, path)
             self._on_its_way = ""
+        else:
+            self._pass_over(path)
+
+    def _pass_over(self, path: str) -> None:
+        """A checkpoint was saved and gets no model."""
+        with _never_raises(f"passing {path} over"):
+            for name, session in self._sessions.items():
+                session.pass_over(self._model_path(path, name))
 
     def _on_wanted(
         self,
@@ -501,7 +523,7 @@ class OnnxExport(metaclass=FrameworkAware):
             self._sessions[name].failed(reason, origin)
 
     def _wants(self, trainer: Any, path: str) -> bool:
-        if not self._sessions or Path(path).name.startswith(_TUNER_PREFIXES):
+        if not self._sessions or _is_of_tuner(path):
             return False
         wanted = True
         with _never_raises(f"should_export of {path}; it is exported"):
@@ -656,6 +678,10 @@ class OnnxExport(metaclass=FrameworkAware):
             message = trainer.strategy.broadcast(None if failure is None else str(failure))
             if message is not None:
                 raise failure if failure is not None else ExportError(message)
+
+
+def _is_of_tuner(path: str) -> bool:
+    return Path(path).name.startswith(_TUNER_PREFIXES)
 
 
 def _folder_here(root: str) -> Path:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Wants = Callable[[str], bool]
     OnSaved = Callable[[dict[str, Any], str], None]
     OnRefused = Callable[[str, str], None]
+    OnSaving = Callable[[str], None]
 
 __all__ = ["GatheringSave", "gather_saves", "live_state", "load_checkpoint", "stand_in"]
 
@@ -46,11 +47,14 @@ class GatheringSave:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.save = strategy.save_checkpoint
-        self.listeners: dict[Any, tuple[Wants, OnSaved, OnRefused]] = {}
+        self.listeners: dict[Any, tuple[Wants, OnSaved, OnRefused, OnSaving]] = {}
 
     def __call__(self, checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save, gather, report."""
         state = checkpoint.get("state_dict", {})  # the strategy may take it out
+        if self.strategy.global_rank == 0:
+            for _, _, _, on_saving in tuple(self.listeners.values()):
+                on_saving(str(filepath))
         result = self.save(checkpoint, filepath, *args, **kwargs)
         if is_deepspeed(self.strategy):  # it has written the weights of the module, and not these
             try:
@@ -61,7 +65,7 @@ class GatheringSave:
         if is_spread(state) or is_deepspeed(self.strategy):
             self._report(state, str(filepath))
         elif Path(filepath).is_dir() and self.strategy.global_rank == 0:
-            for wants, _, on_refused in tuple(self.listeners.values()):
+            for wants, _, on_refused, _ in tuple(self.listeners.values()):
                 if wants(str(filepath)):
                     on_refused(_UNKNOWN_PARTS, str(filepath))
         return result
@@ -70,7 +74,7 @@ class GatheringSave:
         first = self.strategy.global_rank == 0
         wanting = [
             (on_saved, on_refused)
-            for wants, on_saved, on_refused in tuple(self.listeners.values())
+            for wants, on_saved, on_refused, _ in tuple(self.listeners.values())
             if first and wants(path)
         ]
         if not self.strategy.broadcast(bool(wanting)):  # all processes gather, or none does
@@ -87,7 +91,12 @@ class GatheringSave:
 
 
 def gather_saves(
-    strategy: Any, key: Any, wants: Wants, on_saved: OnSaved, on_refused: OnRefused
+    strategy: Any,
+    key: Any,
+    wants: Wants,
+    on_saved: OnSaved,
+    on_refused: OnRefused,
+    on_saving: OnSaving,
 ) -> None:
     """Report saves of parts to somebody from now on; to be called in all processes.
 
@@ -98,10 +107,12 @@ def gather_saves(
         on_saved: Called on rank zero with whole tensors and the path. Must not raise.
         on_refused: Called on rank zero with the reason and the path where there are no whole
             tensors. Must not raise.
+        on_saving: Called on rank zero with the path before something is saved there. Must not
+            raise.
     """
     if not isinstance(strategy.save_checkpoint, GatheringSave):
         strategy.save_checkpoint = GatheringSave(strategy)
-    strategy.save_checkpoint.listeners[key] = (wants, on_saved, on_refused)
+    strategy.save_checkpoint.listeners[key] = (wants, on_saved, on_refused, on_saving)
 
 
 def live_state(strategy: Any) -> dict[str, Any]:
