@@ -13,11 +13,12 @@ ZOO := .venv-zoo
 ZOO_STAMP := $(ZOO)/.installed
 ZOO_LOG := .install-zoo.log
 COVERAGE_ARGS ?=
+FAULTS_ARGS ?=
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -45,6 +46,9 @@ exhaustive: $(STAMP)
 test-scale: $(STAMP)
 	@$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt --group scale >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration/test_spark.py tests/integration/test_ray.py tests/distributed/test_deepspeed.py tests/distributed/test_ray_train.py tests/integration/test_remote.py
+
+faults: $(STAMP)
+	$(BIN)/python benchmarks/faults.py $(FAULTS_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

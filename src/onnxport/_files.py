@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from contextlib import suppress
@@ -22,6 +23,7 @@ __all__ = [
     "OWED",
     "UNTOLD",
     "Ticket",
+    "ending_of",
     "hidden_below",
     "identity_of",
     "replace_content",
@@ -36,6 +38,7 @@ BEGUN = ".tmp"
 _ABANDONED_S = 60.0
 """Where files cannot be locked, one that was begun so long ago will never be finished."""
 _TRIES = 3
+_ENDING_BYTES = 1 << 16
 
 
 def hidden_below(folder: Path, suffix: str) -> Iterator[Path]:
@@ -70,6 +73,21 @@ def identity_of(path: Path) -> tuple[int, ...]:
     """
     stat = path.stat()
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def ending_of(path: Path) -> str:
+    """Return a hash of how a file ends, which tells one checkpoint from another, moved or not.
+
+    What ``torch.save`` writes ends with a directory that has the size and a checksum of each
+    tensor. Of what is no file nothing is told.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _ENDING_BYTES))
+            return hashlib.sha256(b"%d:%b" % (size, file.read())).hexdigest()
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

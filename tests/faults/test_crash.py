@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 STEPS = 12
-RESUMED, CONTINUED = 29, 331
+RESUMED, CONTINUED = 29, 499
 """Each so-manieth state is resumed, or trained on from: primes, so that all stages are met."""
 
 

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport._files import BEGUN, OWED, UNTOLD, Ticket, hidden_below, replace_content, sweep_begun
+from onnxport._files import (
+    BEGUN,
+    OWED,
+    UNTOLD,
+    Ticket,
+    ending_of,
+    hidden_below,
+    replace_content,
+    sweep_begun,
+)
 from onnxport.exporter.checkpoint_file import is_checkpoint
 from onnxport.exporter.writer import STAGING
 from onnxport.exporter.writer import sweep as sweep_staged
@@ -93,7 +102,7 @@ def note(
     origin: Provenance,
     job: ExportJob | None = None,
     address: RunAddress | None = None,
-) -> None:
+) -> bool:
     """Note that a checkpoint's model is on its way; a disk that refuses is no reason to stop.
 
     Args:
@@ -102,9 +111,12 @@ def note(
         origin: Where the weights come from; without a checkpoint there is nothing to note.
         job: How it will be made, if that is known already.
         address: The run of a tracking server that it belongs to.
+
+    Returns:
+        Whether it is noted.
     """
     if origin.checkpoint is None:
-        return
+        return False
     try:
         content: dict[str, Any] = {"name": name, "origin": json.dumps(asdict(origin))}
         if job is not None:
@@ -115,6 +127,7 @@ def note(
                 "fingerprint": json.dumps(job.fingerprint),
                 "options": json.dumps(_proof_of(job.options)),
                 "address": json.dumps(None if address is None else plain_address(address)),
+                "saved": ending_of(Path(origin.checkpoint)),
             }
         model.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
@@ -122,21 +135,22 @@ def note(
         replace_content(_marker(model), file.getvalue())
     except Exception:  # a full disk, metrics that are no numbers
         logger.debug("%s is not noted as owed.", model, exc_info=True)
+        return False
+    return True
 
 
 def note_anew(model: Path, name: str, checkpoint: str) -> None:
     """Note that a checkpoint will be another one, or none: who makes its model stops then.
+
+    What was noted of the older one must not be taken for the next, also where the disk refuses.
 
     Args:
         model: Where the model lies, or will lie.
         name: Of the target.
         checkpoint: Path of the checkpoint.
     """
-    marker = _marker(model)
-    try:
-        os.utime(marker)  # what it says may still be true, if training is killed before
-    except OSError:
-        note(model, name, Provenance(checkpoint=checkpoint))
+    if not note(model, name, Provenance(checkpoint=checkpoint)):
+        settle(model)
 
 
 def ticket(model: Path) -> Ticket | None:
@@ -262,7 +276,8 @@ def _read(marker: Path) -> Owed:
     if not isinstance(origin.checkpoint, str) or not isinstance(content["name"], str):
         raise ValueError("it names no checkpoint")  # noqa: TRY004 - of what a file holds
     found = Owed(model=_model(marker), name=content["name"], origin=origin)
-    if "reference" not in content:
+    # Where a disk has refused a later note, this one is of what the checkpoint was before.
+    if "reference" not in content or content.get("saved", "") != ending_of(found.checkpoint):
         return found
     template = content["template"]
     if template is not None and (

@@ -13,7 +13,7 @@ import torch
 from onnxport.errors import ExportError, WorkerError
 from onnxport.exporter.shared_weights import shared_descriptor
 from onnxport.exporter.skeleton import NotPicklableError, make_skeleton, pickle_by_value
-from onnxport.pipeline import Pipeline
+from onnxport.pipeline import CheckpointGoneError, Pipeline
 from onnxport.report import ExportReport
 from onnxport.worker.client import Order, worker_for
 from onnxport.worker.protocol import Done, SentJob, WeightsFile
@@ -98,7 +98,11 @@ class InlineRunner:
         finished: Finished,
     ) -> None:
         """See :class:`Runner`."""
-        report = self._pipeline.run(job)
+        try:
+            report = self._pipeline.run(job)
+        except CheckpointGoneError:  # a signal's handler has saved it anew meanwhile
+            finished(Outcome(None))
+            return
         finished(_outcome(report, self._pipeline))
 
     def forget(self, path: Path) -> None:

@@ -338,14 +338,21 @@ def require_replaceable(final: Path) -> None:
             )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, check: Callable[[], None] = lambda: None) -> None:
     """Write a small file so that a reader sees the old or the new one, never half of it.
+
+    Args:
+        path: The file.
+        text: What it will hold.
+        check: Called once the file is staged, see :func:`withdraw_staged`; may raise.
 
     Raises:
         PublishError: If the disk does not take it.
     """
     with staging(path) as staged:
         try:
+            staged.touch()
+            check()
             staged.write_text(text, encoding="utf-8")
             sync_file(staged)
             staged.replace(path)
@@ -391,14 +398,15 @@ def withdraw_model(path: Path) -> None:
 
 
 def withdraw_staged(path: Path) -> None:
-    """Make sure that no model that is being made now gets this name.
+    """Make sure that no model that is being made now gets this name, nor its report.
 
     Raises:
         OSError: If the disk does not take it.
     """
-    for staged in path.parent.glob(f"{STAGING}*/{glob.escape(path.name)}"):
-        with suppress(FileNotFoundError):  # published, or given up, a moment ago
-            staged.parent.rename(_fresh_name(path.parent))
+    for file in (path, report_path(path)):
+        for staged in path.parent.glob(f"{STAGING}*/{glob.escape(file.name)}"):
+            with suppress(FileNotFoundError):  # published, or given up, a moment ago
+                staged.parent.rename(_fresh_name(path.parent))
 
 
 def _files_of_ours(path: Path) -> list[Path]:

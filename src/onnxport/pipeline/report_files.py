@@ -12,6 +12,7 @@ from onnxport.exporter.writer import remove_model, report_path, write_text
 from onnxport.report import ExportReport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 __all__ = ["discard_stale", "read_report", "save_report", "write_report"]
@@ -35,8 +36,15 @@ def save_report(report: ExportReport, path: Path) -> None:
         logger.warning("The report of %s was not written: %s", path, error)
 
 
-def write_report(report: ExportReport, path: Path) -> None:
+def write_report(
+    report: ExportReport, path: Path, check: Callable[[], None] = lambda: None
+) -> None:
     """Write the report beside the model.
+
+    Args:
+        report: The report.
+        path: The model.
+        check: See :func:`~onnxport.exporter.writer.write_text`.
 
     Raises:
         PublishError: If the disk does not take it, or a file of somebody else has its name.
@@ -44,7 +52,7 @@ def write_report(report: ExportReport, path: Path) -> None:
     file = report_path(path)
     if file.is_file() and not is_our_report(file):
         raise PublishError(f"{file} was not written by onnxport and is left alone.")
-    write_text(file, report.to_json())
+    write_text(file, report.to_json(), check)
 
 
 def discard_stale(report: ExportReport, path: Path) -> ExportReport:

@@ -20,7 +20,6 @@ from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
     publish,
-    remove_model,
     require_replaceable,
     staging,
 )
@@ -28,7 +27,7 @@ from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.changes import require_as_then
-from onnxport.pipeline.job import CheckpointGoneError, GivenModule, SourceLostError
+from onnxport.pipeline.job import GivenModule, SourceLostError
 from onnxport.pipeline.plan import Plan, make_plan, one_row
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
@@ -113,11 +112,10 @@ class Pipeline:
         report = replace(report, seconds=seconds)
         if not job.publish:
             return replace(report, path=None)
-        report = _reported(report, job.path)
-        if not job.is_wanted:
-            remove_model(job.path)
-            raise CheckpointGoneError
-        return report
+        try:
+            return _reported(report, job)
+        finally:
+            job.require_wanted()
 
     # --- refresh ----------------------------------------------------------------------------
 
@@ -327,16 +325,21 @@ def _no_core(report: ExportReport) -> str:
     return f"No core produced a model that passed the proof. {tried}"
 
 
-def _reported(report: ExportReport, path: Path) -> ExportReport:
-    """Write the report beside the model; where that, or the model, has failed, none is left."""
+def _reported(report: ExportReport, job: ExportJob) -> ExportReport:
+    """Write the report beside the model; where that, or the model, has failed, none is left.
+
+    Raises:
+        CheckpointGoneError: If the checkpoint has changed meanwhile.
+    """
     if report.ok:
         try:
-            write_report(report, path)
+            write_report(report, job.path, job.require_wanted)
         except OnnxportError as error:
             report = report.failed(error)
     if not report.ok:
-        report = discard_stale(report, path)
-        save_report(report, path)
+        job.require_wanted()
+        report = discard_stale(report, job.path)
+        save_report(report, job.path)
     return report
 
 
