@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.skipif(why_not() != "", reason=why_not()),
 ]
 
-STEPS = 12
-RESUMED, CONTINUED = 29, 499
+STEPS = 8
+RESUMED, CONTINUED = 29, 401
 """Each so-manieth state is resumed, or trained on from: primes, so that all stages are met."""
 
 

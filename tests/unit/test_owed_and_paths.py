@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.callbacks.kept import KeptReports
-from onnxport.callbacks.owed import note, owed, settle
+from onnxport.callbacks.owed import note, note_anew, owed, settle, sweep, ticket, used_below
 from onnxport.callbacks.paths import ModelPaths
 from onnxport.report import AxisEvidence, ExportReport, Provenance
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
 
 
@@ -62,6 +61,56 @@ def test_what_a_removed_checkpoint_owed_is_forgotten(tmp_path: Path) -> None:
 def test_half_a_note_says_nothing(tmp_path: Path) -> None:
     (tmp_path / ".m.onnx.pending").write_text('{"name": "", "ori')
     assert list(owed([tmp_path], "")) == []
+
+
+def test_a_damaged_note_of_a_checkpoint_beside_it_is_guessed_from_its_name(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "epoch=0.ckpt")
+    (tmp_path / ".epoch=0-net.onnx.pending").write_bytes(b"")
+    unclear: list[Path] = []
+    assert list(owed([tmp_path], None, lambda model, _: unclear.append(model))) == []
+    assert list(owed([tmp_path], "-other", lambda model, _: unclear.append(model))) == []
+    assert unclear == [tmp_path / "epoch=0-net.onnx"] * 2
+    (debt,) = owed([tmp_path], "-net")
+    assert (debt.model, debt.checkpoint) == (tmp_path / "epoch=0-net.onnx", Path(path))
+
+
+def test_a_note_that_is_renewed_makes_tickets_void(tmp_path: Path) -> None:
+    path, model = checkpoint(tmp_path), tmp_path / "epoch=0.onnx"
+    note(model, "", Provenance(checkpoint=path, epoch=7))
+    before = ticket(model)
+    assert before is not None
+    assert before.is_valid()
+    note_anew(model, "", path)
+    assert not before.is_valid()
+    (debt,) = owed([tmp_path], "")
+    assert debt.origin == Provenance(checkpoint=path)
+
+
+def test_a_note_that_cannot_be_renewed_is_none_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = checkpoint(tmp_path), tmp_path / "epoch=0.onnx"
+    note(model, "", Provenance(checkpoint=path, epoch=7))
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("onnxport.callbacks.owed.replace_content", full)
+    note_anew(model, "", path)
+    assert list(owed([tmp_path], "")) == []
+
+
+def test_folders_with_anything_of_ours_are_swept(tmp_path: Path) -> None:
+    for name in ("a", "b/c", "d", "e"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a" / ".x.onnxport-template").write_bytes(b"")
+    (tmp_path / "b" / "c" / ".onnxport-abc").mkdir()
+    (tmp_path / "d" / ".m.onnx.tracking.tmp").write_bytes(b"")
+    (tmp_path / "e" / "of somebody else").write_bytes(b"")
+    used = set(used_below(tmp_path))
+    assert used == {tmp_path / "a", tmp_path / "b" / "c", tmp_path / "d"}
+    sweep(used)
+    assert {path.name for path in tmp_path.rglob("*")} == {*"abcde", "of somebody else"}
 
 
 def test_a_folder_that_is_none_stops_nobody(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from onnxport.exporter.writer import (
     remove_model,
     report_path,
     staging,
+    sweep,
+    withdraw_model,
+    withdraw_staged,
     write_text,
     write_whole,
 )
@@ -408,3 +411,40 @@ def test_a_full_disk_is_told_with_the_way_out(
 def test_a_folder_that_does_not_exist_is_told(tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="No such file or directory"):
         write(model(), tmp_path / "absent" / "model.onnx")
+
+
+def test_a_model_that_is_withdrawn_loses_its_names_at_once_and_is_swept(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write(model(), path, metadata=OURS)
+    write_text(report_path(path), REPORT)
+    withdraw_model(path)
+    assert [file for file in tmp_path.iterdir() if not file.name.startswith(".onnxport-")] == []
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_are_not_withdrawn(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.json"):
+        (tmp_path / name).write_text("mine")
+    withdraw_model(tmp_path / "model.onnx")
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"mine"}
+
+
+def test_what_is_staged_and_withdrawn_cannot_be_published(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with staging(path) as staged:
+        write(model(), staged, metadata=OURS)
+        withdraw_staged(path)
+        with pytest.raises(PublishError):
+            publish(staged, path)
+    assert not path.exists()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_is_withdrawn_while_it_is_written_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(PublishError):
+        write_text(path.with_name("model.onnx.json"), "{}", lambda: withdraw_staged(path))
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

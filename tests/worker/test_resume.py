@@ -25,6 +25,7 @@ from torch import nn
 
 import onnxport
 from onnxport import Background, ConfigurationError, MLflow, OnnxExport, Tolerance, Verify
+from onnxport._files import ending_of
 from onnxport.callbacks.owed import note, owed
 from onnxport.callbacks.runner import Outcome
 from onnxport.callbacks.session import ExportSession, Saved
@@ -243,11 +244,22 @@ def test_a_resumed_model_is_told_to_the_server_of_its_run(store: str, tmp_path: 
     assert names(folder, ".*") == []
 
 
+def note_of(checkpoint: Path) -> None:
+    """Make a note one of the checkpoint as it is now, and of what was computed before."""
+    (note,) = checkpoint.parent.glob(f".{checkpoint.stem}.onnx.pending")
+    content = torch.load(note, weights_only=True)
+    content["saved"] = ending_of(checkpoint)
+    torch.save(content, note)
+
+
 def test_other_weights_than_those_that_the_module_had_are_no_model(owing: Path) -> None:
     checkpoint = checkpoint_of(owing)
     content = torch.load(checkpoint, weights_only=False)
     content["state_dict"]["net.net.bias"] += 3.0
     torch.save(content, checkpoint)
+    (report,) = onnxport.resume(owing)
+    assert "is another one than when its model was noted" in str(report.error)
+    note_of(checkpoint)
     (report,) = onnxport.resume(owing)
     assert not report.ok
     assert "disagree" in str(report.error)
@@ -264,6 +276,7 @@ def test_a_module_of_another_shape_is_no_model(owing: Path) -> None:
     content = torch.load(checkpoint, weights_only=False)
     content["state_dict"]["net.net.bias"] = torch.zeros(4)
     torch.save(content, checkpoint)
+    note_of(checkpoint)
     (report,) = onnxport.resume(owing)
     assert "of another shape" in str(report.error)
 

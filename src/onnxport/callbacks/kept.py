@@ -73,7 +73,8 @@ class KeptReports:
             self._tell(report)
             return
         name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
-        message = f"No ONNX model for {name} [{report.code}]: {report.error}"
+        code = "" if report.code is None else f" [{report.code}]"
+        message = f"No ONNX model for {name}{code}: {report.error}"
         if self._failure is None:
             self._failure = ExportError(message, report)
         # A reason may be long, and the same for each checkpoint.

@@ -77,6 +77,7 @@ class Owed:
         fingerprint: What of the live module was no weight, or ``None``.
         options: How it is proven, as plain values.
         address: The run of a tracking server that it belongs to, or ``None``.
+        replaced: The checkpoint is another one than when this was noted, of which nothing is known.
     """
 
     model: Path
@@ -87,6 +88,7 @@ class Owed:
     fingerprint: dict[str, str] | None = None
     options: dict[str, Any] | None = None
     address: RunAddress | None = None
+    replaced: bool = False
 
     @property
     def checkpoint(self) -> Path:
@@ -276,9 +278,12 @@ def _read(marker: Path) -> Owed:
     if not isinstance(origin.checkpoint, str) or not isinstance(content["name"], str):
         raise ValueError("it names no checkpoint")  # noqa: TRY004 - of what a file holds
     found = Owed(model=_model(marker), name=content["name"], origin=origin)
-    # Where a disk has refused a later note, this one is of what the checkpoint was before.
-    if "reference" not in content or content.get("saved", "") != ending_of(found.checkpoint):
+    if "reference" not in content:
         return found
+    # Where a disk has refused a later note, this one is of what the checkpoint was before.
+    if is_checkpoint(found.checkpoint) and content.get("saved") != ending_of(found.checkpoint):
+        origin = Provenance(checkpoint=origin.checkpoint)
+        return replace(found, origin=origin, replaced=True)
     template = content["template"]
     if template is not None and (
         Path(template).name != template or not template.endswith(_TEMPLATE)

@@ -132,6 +132,8 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
         ExportError: If there is too little to prove it with.
         ModuleMissingError: If the graph is not right for these weights.
     """
+    if debt.replaced:
+        raise ExportError(f"{debt.checkpoint} is another one than when its model was noted.")
     if debt.reference is None:
         raise ExportError(f"Nothing says what the module computes with {debt.checkpoint}.")
     if debt.template is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
+import os
 import secrets
 import shutil
 import tempfile
@@ -403,10 +403,14 @@ def withdraw_staged(path: Path) -> None:
     Raises:
         OSError: If the disk does not take it.
     """
-    for file in (path, report_path(path)):
-        for staged in path.parent.glob(f"{STAGING}*/{glob.escape(file.name)}"):
-            with suppress(FileNotFoundError):  # published, or given up, a moment ago
-                staged.parent.rename(_fresh_name(path.parent))
+    names = (path.name, report_path(path).name)
+    with suppress(FileNotFoundError):  # there is no such folder yet
+        with os.scandir(path.parent) as entries:  # of which there may be thousands
+            staged = [Path(entry) for entry in entries if entry.name.startswith(STAGING)]
+        for folder in staged:
+            if any((folder / name).exists() for name in names):
+                with suppress(FileNotFoundError):  # published, or given up, a moment ago
+                    folder.rename(_fresh_name(path.parent))
 
 
 def _files_of_ours(path: Path) -> list[Path]:
