@@ -14,11 +14,12 @@ ZOO_STAMP := $(ZOO)/.installed
 ZOO_LOG := .install-zoo.log
 COVERAGE_ARGS ?=
 FAULTS_ARGS ?=
+FUZZ_ARGS ?=
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale faults check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults fuzz check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -49,6 +50,10 @@ test-scale: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python benchmarks/faults.py $(FAULTS_ARGS)
+
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt --group fuzz >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

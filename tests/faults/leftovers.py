@@ -90,7 +90,7 @@ FILES = {
 }
 
 
-class _WaitsForFirst(Callback):
+class WaitsForFirst(Callback):
     """Waits for the first model, so that there is a template when training ends too early."""
 
     def __init__(self, site: Site) -> None:
@@ -109,7 +109,7 @@ def _is_damaged(site: Site, pattern: str, damage: Callable[[Path, Site], None]) 
 
     What was damaged, and its checkpoint's model, may be wrong or missing afterwards; nothing else.
     """
-    site.train(_WaitsForFirst(site), export=site.export(background=Background(drain_s=0.0)))
+    site.train(WaitsForFirst(site), export=site.export(background=Background(drain_s=0.0)))
     if pattern in {"*.onnx", "*.onnx.json"}:
         site.train()
     files = sorted(path for path in site.checkpoints.glob(pattern) if path.is_file())

@@ -10,7 +10,7 @@ Source: protobuf's encoding (protobuf.dev/programming-guides/encoding), ``onnx.p
 from __future__ import annotations
 
 import mmap
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +203,16 @@ def mapped_weights(
 
 
 def _mapped(path: Path) -> mmap.mmap:
+    """Map a file.
+
+    Raises:
+        PublishError: If there is nothing in it.
+    """
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise PublishError(f"{path.name} is empty.") from error
 
 
 @contextmanager
@@ -241,7 +249,7 @@ def mapped_twin(path: Path) -> bytes:
     Raises:
         PublishError: If the file is not what a model should be.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+    with closing(_mapped(path)) as raw:
         parts: list[bytes] = []
         for number, start, begin, end in _fields(raw, 0, len(raw)):
             if number == _GRAPH:

@@ -119,7 +119,7 @@ def read_job(path: Path, text: bytes) -> Job:
             ended=content["ended"],
             token=content["token"],
         )
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
