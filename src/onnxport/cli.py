@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path  # noqa: TC003 - typer reads annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from onnxport._optional import optional_import
@@ -112,6 +112,35 @@ def rollback(
     typer.echo(f"Version {now} of {name} is {alias} again; version {was} is rejected.")
 
 
+def doctor(
+    folder: Annotated[Path, "Where models will go."] = Path(),
+    tracking_uri: str = "",
+    *,
+    json: bool = False,
+) -> None:
+    """Say what this machine has for making models, what of it really runs, and what is wrong.
+
+    Starts a worker, writes a small file to --folder, and asks the tracking server (--tracking-uri,
+    or MLFLOW_TRACKING_URI) for a sign of life. Exits with 1 if anything is wrong.
+    """  # noqa: DOC501 - as above
+    from dataclasses import asdict
+    from json import dumps
+
+    import typer
+
+    from onnxport.doctor import diagnose
+
+    findings = diagnose(folder, tracking_uri=tracking_uri or None)
+    if json:
+        typer.echo(dumps([asdict(finding) for finding in findings], indent=2))
+    for finding in [] if json else findings:
+        typer.echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.what}: {finding.found}")
+        if not finding.ok:
+            typer.echo(f"      {finding.advice}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
 def _or_exit(work: Callable[[], Result]) -> Result:
     import typer
 
@@ -133,7 +162,7 @@ def _app() -> typer.Typer:
         import typer
 
     app = typer.Typer(add_completion=False, no_args_is_help=True)
-    for command in (resume, sync, promote, rollback):
+    for command in (resume, sync, promote, rollback, doctor):
         app.command()(command)
 
     @app.callback()

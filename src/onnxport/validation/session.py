@@ -22,6 +22,7 @@ __all__ = [
     "CPU",
     "PrepSessions",
     "Session",
+    "idle_providers",
     "require_runtime",
     "resolve_providers",
     "runtime_version",
@@ -72,6 +73,12 @@ def resolve_providers(wanted: Literal["auto"] | Sequence[str]) -> tuple[str, ...
         return tuple(wanted)
     available = _runtime().get_available_providers()
     return (CPU, *(name for name in _ACCELERATORS if name in available and _really_runs(name)))
+
+
+def idle_providers() -> tuple[str, ...]:
+    """Return the accelerator providers that the package holds and that cannot run here."""
+    available = _runtime().get_available_providers()
+    return tuple(name for name in _ACCELERATORS if name in available and not _really_runs(name))
 
 
 @lru_cache

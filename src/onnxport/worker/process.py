@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from onnxport._signals import held_back
@@ -52,16 +53,22 @@ class WorkerProcess:
             | os.environ
             | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         )
-        with theirs, held_back():
-            self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "onnxport.worker.server", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                env=environment,
-                start_new_session=True,
-            )
+        with ExitStack() as undo:
+            undo.enter_context(theirs)
+            undo.callback(ours.close)
+            undo.callback(self._stderr.close)
+            with held_back():
+                self._process = subprocess.Popen(  # noqa: S603 - our own module
+                    [sys.executable, "-m", "onnxport.worker.server", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._stderr,
+                    env=environment,
+                    start_new_session=True,
+                )
+            undo.pop_all()
+            theirs.close()
         self._channel = ours
         memory = options.memory_gb
         # Whoever gets no memory ends by any signal: as many libraries, as many ways.
@@ -87,14 +94,22 @@ class WorkerProcess:
         """The process's number."""
         return self._process.pid
 
-    def send(self, message: Any, descriptors: tuple[int, ...] = ()) -> None:
-        """Send a job, when the worker is ready for it.
+    def wait_until_ready(self) -> None:
+        """Wait until it has imported what it needs.
 
         Raises:
             WorkerError: If it is gone.
         """
         while not self._ready:
             self._ready = isinstance(self.receive(START_LIMIT_S), Ready)
+
+    def send(self, message: Any, descriptors: tuple[int, ...] = ()) -> None:
+        """Send a job, when the worker is ready for it.
+
+        Raises:
+            WorkerError: If it is gone.
+        """
+        self.wait_until_ready()
         try:
             self._channel.settimeout(START_LIMIT_S)
             send(self._channel, message, descriptors)
