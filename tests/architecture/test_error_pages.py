@@ -35,7 +35,11 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
     assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(PAGES.glob("*.md")), PAGES.parent / "reliability.md"],
+    ids=lambda page: page.stem,
+)
 def test_the_python_of_a_page_runs(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(block, str(page), "exec"), {})  # noqa: S102 - our own page

@@ -143,7 +143,7 @@ def test_a_report_that_cannot_be_written_is_a_failed_export(
     from onnxport.errors import PublishError
     from onnxport.pipeline import report_files
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, check: Any) -> None:
         raise PublishError(f"Cannot write {path}: No space left on device.")
 
     monkeypatch.setattr(report_files, "write_text", full)

@@ -139,14 +139,17 @@ def test_parts_that_nobody_knows_are_refused_in_a_sentence(tmp_path: Path) -> No
             path.mkdir()
 
     strategy, said = Strategy(), []
+    saving: list[str] = []
     gather_saves(
         strategy,
         "me",
         lambda _: True,
         lambda *_: pytest.fail("there is nothing whole"),
         lambda reason, path: said.append((reason, path)),
+        saving.append,
     )
     strategy.save_checkpoint({"state_dict": {}}, tmp_path / "parts.ckpt")
+    assert saving == [str(tmp_path / "parts.ckpt")]
     ((reason, path),) = said
     assert "parts that cannot be put together" in reason
     assert path == str(tmp_path / "parts.ckpt")

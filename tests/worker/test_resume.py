@@ -506,10 +506,22 @@ def test_one_line_names_the_checkpoint_that_was_not_waited_for(
     assert line.endswith("with this checkpoint folder makes it.")
 
 
-def test_the_next_fit_tells_of_a_damaged_note(
+def test_the_next_fit_makes_the_model_of_a_damaged_note(owing: Path, tmp_path: Path) -> None:
+    (marker,) = owing.glob(".*.pending")
+    damage(marker)
+    export = OnnxExport(core="trace", background=False)
+    saves = zoo.checkpoints(tmp_path, save_top_k=-1, filename="later-{epoch}")
+    zoo.trainer(tmp_path, saves, export, epochs=1).fit(zoo.Classifier(Clamped()), zoo.loader())
+    assert [report.error for report in export.reports] == [None, None]
+    checkpoints = {path.stem for path in owing.glob("*.ckpt")}
+    assert {path.stem for path in owing.glob("*.onnx")} == checkpoints
+
+
+def test_the_next_fit_tells_of_a_damaged_note_of_an_unknown_checkpoint(
     owing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (marker,) = owing.glob(".*.pending")
+    checkpoint_of(owing).rename(owing / "moved.ckpt")
     damage(marker)
     export = OnnxExport(core="trace", background=False)
     later = zoo.checkpoints(tmp_path, save_top_k=-1, filename="later-{epoch}")
