@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import zoo
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder
 
-from onnxport import Cadence, OnnxExport
+from onnxport import Cadence, OnnxExport, weights_sha256
+from onnxport.exporter.ownership import read_metadata
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +49,26 @@ def test_every_second_checkpoint_and_the_best_one(tmp_path: Path) -> None:
     export = OnnxExport(when=Cadence(every_n_checkpoints=2), core="trace")
     zoo.trainer(tmp_path, saves, export, epochs=5).fit(zoo.Classifier(zoo.cnn()), zoo.loader())
     assert names(tmp_path) == ["epoch=0.onnx", "epoch=2.onnx", "epoch=4.onnx"]
+
+
+def test_what_is_not_wanted_is_not_owed_and_has_no_older_model(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+            model = checkpoint.with_suffix(".onnx")
+            if model.exists():
+                state = torch.load(checkpoint, weights_only=False)["state_dict"]
+                found.append(read_metadata(model)["weights_sha256"] == weights_sha256(state))
+
+    saves = zoo.checkpoints(tmp_path, filename="{epoch}", save_last=True)
+    export = OnnxExport(when=Cadence(every_n_checkpoints=3), core="trace")
+    trainer = zoo.trainer(tmp_path, saves, export, Looks(), epochs=7)
+    trainer.fit(zoo.Classifier(zoo.cnn()), zoo.loader())
+    assert found
+    assert all(found)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name[0] == "."]
 
 
 def test_should_export_can_be_overridden(tmp_path: Path) -> None:

@@ -231,9 +231,8 @@ def template_path(model: Path, run: str) -> Path:
 def used_below(root: Path) -> Iterator[Path]:
     """Yield the folders in which there are hidden files of ours, a folder's own and all below."""
     for place, folders, names in os.walk(root):
-        staged = [name for name in folders if name.startswith(STAGING)]
-        for name in staged:
-            folders.remove(name)  # it may be of somebody who works in it
+        staged = [name for name in (*folders, *names) if name.startswith(STAGING)]
+        folders[:] = [name for name in folders if name not in staged]  # somebody may work there
         marks = (OWED, UNTOLD, _TEMPLATE, BEGUN)
         if staged or any(name.startswith(".") and name.endswith(marks) for name in names):
             yield Path(place)

@@ -83,7 +83,7 @@ def staging(final: Path) -> Iterator[Path]:
 
 
 STAGING = ".onnxport-"
-"""What the name of a folder begins with in which a file is made."""
+"""What names begin with of folders in which a file is made, and of files that were withdrawn."""
 _LOCK = "lock"
 _TRIES = 5
 
@@ -91,6 +91,10 @@ _TRIES = 5
 def sweep(folder: Path) -> None:
     """Remove the staging folders of processes that are no more, and what was withdrawn."""
     for left in folder.glob(f"{STAGING}*"):
+        if not left.is_dir():
+            with suppress(OSError):
+                left.unlink()
+            continue
         lock = _lock(left)
         if lock is not None:
             _clear(left, lock)
@@ -389,12 +393,10 @@ def withdraw_model(path: Path) -> None:
     Raises:
         OSError: If the disk does not take it.
     """
-    files = _files_of_ours(path)
-    if files:
-        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=path.parent))
-        for file in files:
-            with suppress(FileNotFoundError):
-                file.rename(_fresh_name(folder))
+    # Into no folder, which somebody could sweep before they are in it.
+    for file in _files_of_ours(path):
+        with suppress(FileNotFoundError):  # removed a moment ago
+            file.rename(_fresh_name(path.parent))
 
 
 def withdraw_staged(path: Path) -> None:

@@ -456,7 +456,7 @@ class OnnxExport(metaclass=FrameworkAware):
             self._on_its_way = path
             self._on_wanted(trainer, content, path)
             self._on_its_way = ""
-        else:
+        elif "state_dict" not in content:
             self._pass_over(path)
 
     def _pass_over(self, path: str) -> None:
@@ -529,6 +529,8 @@ class OnnxExport(metaclass=FrameworkAware):
         with _never_raises(f"should_export of {path}; it is exported"):
             wanted = self.should_export(trainer, path)
         self._saves += 1
+        if not wanted:
+            self._pass_over(path)
         return wanted
 
     def _on_removed(self, path: str) -> None:
