@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEGUN",
+    "MOST_BYTES",
     "OWED",
     "UNTOLD",
     "Ticket",
     "ending_of",
     "hidden_below",
     "identity_of",
+    "read_small",
     "replace_content",
     "sweep_begun",
     "sync",
@@ -35,6 +37,8 @@ OWED, UNTOLD = ".pending", ".tracking"
 NOTES = (OWED, UNTOLD)
 """Hidden files beside a model: it is still to be made; a server is still to be told of it."""
 BEGUN = ".tmp"
+MOST_BYTES = 1 << 26
+"""What a report, a note or a job can hold at most."""
 _ABANDONED_S = 60.0
 """Where files cannot be locked, one that was begun so long ago will never be finished."""
 _TRIES = 3
@@ -63,6 +67,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file of ours that cannot be large: what somebody has put there may be.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is larger than any of ours.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB")
+    return content
 
 
 def identity_of(path: Path) -> tuple[int, ...]:

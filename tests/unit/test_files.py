@@ -7,10 +7,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import onnx
 import pytest
 import torch
 
-from onnxport._files import Ticket, ending_of, replace_content, sweep_begun
+from onnxport._files import MOST_BYTES, Ticket, ending_of, read_small, replace_content, sweep_begun
+from onnxport.exporter.ownership import is_our_report, is_ours
+from onnxport.pipeline.report_files import read_report
+from onnxport.report import ExportReport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +82,26 @@ def test_how_a_checkpoint_ends_tells_other_weights(tmp_path: Path) -> None:
     assert first.stat().st_size == other.stat().st_size
     assert ending_of(first) == ending_of(same) != ending_of(other)
     assert ending_of(tmp_path) == ending_of(tmp_path / "nowhere") == ""
+
+
+def test_files_that_are_larger_than_any_of_ours_are_not_read(tmp_path: Path) -> None:
+    report = tmp_path / "a.onnx.json"
+    report.write_text(ExportReport(ok=False, error="why").to_json())
+    assert is_our_report(report)
+    with report.open("ab") as file:
+        file.write(b" " * MOST_BYTES)
+    assert not is_our_report(report)
+    assert read_report(tmp_path / "a.onnx") is None
+    with pytest.raises(ValueError, match="larger than 64 MiB"):
+        read_small(report)
+
+
+@pytest.mark.parametrize("field", [b"\x08\x07", b"\x72\x00"], ids=["numbers", "metadata"])
+def test_fields_without_end_are_no_model(field: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    own = onnx.StringStringEntryProto(key="onnxport.version", value="1").SerializeToString()
+    ours = b"\x72" + bytes([len(own)]) + own
+    path.write_bytes(field * 1000 + ours)
+    assert is_ours(path)
+    path.write_bytes(field * 200_000 + ours)
+    assert not is_ours(path)

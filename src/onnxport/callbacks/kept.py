@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxport._events import event
 from onnxport.errors import ExportError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class KeptReports:
             index = bisect(self._places, place)
             self._places.insert(index, place)
             self.reports.insert(index, report)
+        _log(report)
         if report.ok:
             self._say(_success_line(report))
             self._tell(report)
@@ -96,6 +98,16 @@ class KeptReports:
             if index < 0 or self._places[index] != place:
                 return None
             report = self.reports[index] = self.reports[index].with_tracking(record)
+        told = "server.missing" if record.missing else "server.told"
+        event(
+            told,
+            model=report.path,
+            uri=record.uri,
+            logged_model=record.model_id,
+            version=record.version,
+            alias=record.alias,
+            missing=record.missing or None,
+        )
         if record.missing:
             # A server that is down for days would fill the log with one and the same line.
             level = logging.DEBUG if self._is_down else logging.WARNING
@@ -131,6 +143,24 @@ class KeptReports:
             if warning not in self._told:
                 self._told.add(warning)
                 logger.warning("%s: %s", Path(report.path or "dry run").name, warning)
+
+
+def _log(report: ExportReport) -> None:
+    facts = {"checkpoint": report.checkpoint, "step": report.global_step}
+    seconds = report.seconds.get("total")
+    if not report.ok:
+        event("model.failed", **facts, code=report.code, seconds=seconds, error=report.error)
+        return
+    event(
+        "model.proven",
+        model=report.path,
+        **facts,
+        core=report.core,
+        how=report.how,
+        weights=report.weights_sha256,
+        max_error=report.max_abs_error,
+        seconds=seconds,
+    )
 
 
 def _success_line(report: ExportReport) -> str:

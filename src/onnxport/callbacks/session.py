@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onnxport._events import event
 from onnxport._signals import is_of_handler
 from onnxport._torch_compat import plain_name
 from onnxport.api import read_examples
@@ -253,7 +254,7 @@ class ExportSession:
             if self._latest[path].place == place and paid:
                 settle(path)
             if report is None:
-                logger.debug("%s is gone; it gets no model.", path)
+                event("model.dropped", model=path, reason="its checkpoint is gone")
                 return
             seconds["total"] = time.perf_counter() - start
             if report.ok and self._remote is not None:  # an upload may take long
@@ -273,6 +274,7 @@ class ExportSession:
 
         self._latest[path] = _Begun(place, origin)
         self._withdrawn.pop(path, None)
+        event("model.begun", model=path, checkpoint=origin.checkpoint, step=origin.global_step)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
 
@@ -325,6 +327,7 @@ class ExportSession:
             path, origin, file = debt.model, debt.origin, debt.checkpoint
             if path in self._latest:  # of this run, and on its way
                 continue
+            event("model.owed", model=path, checkpoint=file)
             self._folders.add(path.parent)
             try:
                 state = read_state_dict(file)
@@ -418,6 +421,8 @@ class ExportSession:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
         self._runner.forget(path)
         self._withdrawn[path] = ours
+        if ours:
+            event("model.withdrawn", model=path, checkpoint=checkpoint)
 
     def pass_over(self, path: Path) -> None:
         """A checkpoint was saved of which no model is wanted: none is owed.
@@ -448,6 +453,7 @@ class ExportSession:
             self._tracked.pop(path, None)
             gone = Job(model=path.absolute(), place=place_of(path), address=self._address)
             self._outbox.submit(gone, lambda _: None)
+        event("model.removed", model=path)
         try:
             remove_model(path)
         except OSError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 import torch
 
+from onnxport._files import read_small
 from onnxport.errors import PublishError
 from onnxport.exporter.ladder import Rung, named_rung
 from onnxport.exporter.writer import write_text
@@ -40,7 +41,7 @@ class RungMemory:
     def recall(self, key: str, core: str) -> Rung | None:
         """Return the rung that won last, if the ladder of this ``core`` option has it."""
         try:
-            known = json.loads(self._file(key, core).read_text(encoding="utf-8"))
+            known = json.loads(read_small(self._file(key, core)))
             return named_rung(core, known["rung"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None

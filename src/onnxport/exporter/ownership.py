@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
+from onnxport._files import MOST_BYTES, read_small
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -19,6 +21,8 @@ METADATA_PREFIX = "onnxport."
 _METADATA_FIELD = 14
 """``ModelProto.metadata_props``. Source: onnx.proto."""
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_MOST_FIELDS = 100_000
+"""At the top of a file: a handful, opsets, functions and metadata."""
 _REPORT_KEYS = frozenset({"ok", "attempts", "checks", "error"})
 
 
@@ -47,7 +51,7 @@ def is_ours(path: Path) -> bool:
 def is_our_report(path: Path) -> bool:
     """Tell whether a file is a report of any version of onnxport."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() >= _REPORT_KEYS
@@ -57,9 +61,13 @@ def _metadata_fields(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Walk the fields of a protobuf message.
 
     Raises:
-        ValueError: If it is none, or ends in the middle of a field.
+        ValueError: If it is none, ends in the middle of a field, or has more than a model can have.
     """
+    fields = held = 0
     while file.tell() < size:
+        fields += 1
+        if fields > _MOST_FIELDS or held > MOST_BYTES:
+            raise ValueError("no model has so many fields, or so much metadata")
         number, kind = divmod(_varint(file), 8)
         if kind == _VARINT:
             _varint(file)
@@ -69,7 +77,8 @@ def _metadata_fields(file: BinaryIO, size: int) -> Iterator[bytes]:
         if file.tell() + length > size:
             raise ValueError("the file ends in the middle of a field")
         if number == _METADATA_FIELD and kind == _LENGTH:
-            yield file.read(length)
+            held += length
+            yield file.read(min(length, MOST_BYTES))
         else:
             file.seek(length, 1)
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from onnxport._files import read_small
 from onnxport.errors import OnnxportError, PublishError
 from onnxport.exporter.ownership import is_our_report
 from onnxport.exporter.writer import remove_model, report_path, write_text
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 def read_report(path: Path) -> ExportReport | None:
     """Read the report beside a model; ``None`` if there is none of ours."""
     try:
-        return ExportReport.from_json(report_path(path).read_text(encoding="utf-8"))
+        return ExportReport.from_json(read_small(report_path(path)).decode())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from onnxport._files import MOST_BYTES
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import ModelChangedError, without_password
 from onnxport.tracking.job import finish_job, read_job
@@ -86,7 +87,7 @@ class Courier:
         with file:
             seen = os.fstat(file.fileno())
             try:
-                job = read_job(path, file.read())
+                job = read_job(path, file.read(MOST_BYTES))
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed.", path, error)
                 finish_job(path, seen)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onnxport._events import event
+from onnxport._files import read_small
 from onnxport._signals import held_back
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
@@ -113,7 +115,7 @@ class _Noted:
     def _take(self, path: Path, told: Told) -> bool:
         """Take a job that is noted already; the password of our own server is known."""
         try:
-            job = read_job(path, path.read_bytes())
+            job = read_job(path, read_small(path))
         except (OSError, ValueError):
             logger.warning("%s cannot be read: remove it.", path, exc_info=True)
             return False
@@ -322,6 +324,7 @@ class ProcessOutbox(_Noted):
             logger.warning("The process that tells MLflow of models did not start: %s", error)
             return
         self._process = process
+        event("courier.started", courier=process.pid)
         for work in (self._write, self._listen):
             threading.Thread(target=work, args=(process,), daemon=True).start()
 
@@ -343,6 +346,7 @@ class ProcessOutbox(_Noted):
             for line in pipe:
                 self._answered(json.loads(line))
         process.wait()
+        event("courier.ended", courier=process.pid, code=process.returncode)
         with self._changed:
             lost = [] if self._closed else list(self._entries)
         if self._closed:

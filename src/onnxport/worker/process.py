@@ -12,6 +12,7 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from onnxport._events import event
 from onnxport._signals import held_back
 from onnxport.errors import WorkerError
 from onnxport.worker.protocol import Ready, Setup, receive, send
@@ -70,6 +71,7 @@ class WorkerProcess:
             undo.pop_all()
             theirs.close()
         self._channel = ours
+        event("worker.started", worker=self._process.pid)
         memory = options.memory_gb
         # Whoever gets no memory ends by any signal: as many libraries, as many ways.
         self._limit = (
@@ -127,6 +129,7 @@ class WorkerProcess:
             message = receive(self._channel)
         except TimeoutError:
             self.kill()
+            event("worker.died", worker=self._process.pid, cause="it said nothing for too long")
             raise WorkerError(
                 f"The worker said nothing for {limit_s:g} s and was ended. "
                 "Background(stage_timeout_s=) sets how long a stage may take."
@@ -147,6 +150,7 @@ class WorkerProcess:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         words = self._last_words()
         self.kill()
+        event("worker.died", worker=self._process.pid, when=when, cause=cause)
         return WorkerError(f"The worker process ended {when} ({cause}).{self._limit}{words}")
 
     def _last_words(self) -> str:
@@ -177,3 +181,4 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.kill()
         self._stderr.close()
+        event("worker.ended", worker=self._process.pid)
