@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from onnxport._files import sync
-from onnxport.errors import ExportError, OnnxportError, VerificationError
+from onnxport.errors import ExportError, OnnxportError, VerificationError, WorkerError
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
@@ -104,10 +104,10 @@ class Pipeline:
                 error.add_note(attempt.reason)
             raise
         except OnnxportError as error:
-            report = draft.failed(error)
+            report = _failed(draft, error)
         except Exception as error:  # user code runs in here; the error is reported, see below
             logger.exception("Exporting %s failed unexpectedly", job.path)
-            report = draft.failed(error)
+            report = _failed(draft, error)
         seconds = {key: round(value, 4) for key, value in watch.seconds.items()}
         report = replace(report, seconds=seconds)
         if not job.publish:
@@ -229,7 +229,7 @@ class Pipeline:
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
-        return draft.failed(ExportError(_no_core(draft) + self._reproduce(job, plan, failures)))
+        return _failed(draft, ExportError(_no_core(draft) + self._reproduce(job, plan, failures)))
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
         """Write what repeats the failure, once per run: it holds the module's weights."""
@@ -340,6 +340,20 @@ def _reported(report: ExportReport, job: ExportJob) -> ExportReport:
         job.require_wanted()
         report = discard_stale(report, job.path)
         save_report(report, job.path)
+    return report
+
+
+def _failed(draft: ExportReport, error: BaseException) -> ExportReport:
+    """Return the report of a failure; too little memory is none of the module."""
+    report = draft.failed(error)
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    tried = [attempt.reason for attempt in draft.attempts]
+    if any(isinstance(each, MemoryError) for each in chain) or any(
+        "MemoryError" in t for t in tried
+    ):
+        return replace(report, code=WorkerError.code)
     return report
 
 
