@@ -33,6 +33,10 @@ from onnxport import Background, OnnxExport, resume, weights_sha256
 from onnxport.exporter.ownership import read_metadata
 from onnxport.worker.client import worker_for
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from faults.ground import is_running, workers_of
+
 RESULTS = Path(__file__).parent / "results"
 OPTIONS = Background(drain_s=300)
 ROUND = 10
@@ -141,28 +145,6 @@ def faults(folder: Path, *, finished: bool) -> list[str]:
             found.append(f"checkpoints and models differ: {sorted(checkpoints ^ models)}")
         found += [f"{path.name} is left" for path in folder.glob(".*")]
     return found
-
-
-def workers_of(pid: int) -> list[int]:
-    """Return the workers that a process has started and that are alive."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes()
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if b"onnxport.worker.server" in words and parent == pid:
-            found.append(int(entry.name))
-    return found
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended may wait for a moment to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def kill_trainers(tries: int) -> dict[str, object]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 START_LIMIT_S = 120.0
 
@@ -32,22 +32,26 @@ def free_port() -> int:
 
 
 @contextmanager
-def bad_server(delay_s: float = 0.0, *, healthy: bool = False) -> Iterator[str]:
-    """Run a server that answers 500, late; yield its address.
+def answering(
+    answer: Callable[[BaseHTTPRequestHandler], None], *, healthy: bool = True
+) -> Iterator[str]:
+    """Run a server that answers each request like this; yield its address.
 
     Args:
-        delay_s: How late.
+        answer: Called with each request.
         healthy: ``/health`` is answered well, and at once.
     """
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            well = healthy and self.path == "/health"
-            time.sleep(0 if well else delay_s)
-            self.send_response(200 if well else 500)
-            self.end_headers()
+            if healthy and self.path == "/health":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"OK")
+            else:
+                answer(self)
 
-        do_POST = do_GET  # noqa: N815 - the name that http.server calls
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815 - names of http.server
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -60,6 +64,24 @@ def bad_server(delay_s: float = 0.0, *, healthy: bool = False) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def bad_server(delay_s: float = 0.0, *, healthy: bool = False) -> Iterator[str]:
+    """Run a server that answers 500, late; yield its address.
+
+    Args:
+        delay_s: How late.
+        healthy: See :func:`answering`.
+    """
+
+    def late(request: BaseHTTPRequestHandler) -> None:
+        time.sleep(delay_s)
+        request.send_response(500)
+        request.end_headers()
+
+    with answering(late, healthy=healthy) as uri:
+        yield uri
 
 
 @contextmanager

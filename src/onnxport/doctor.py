@@ -85,24 +85,23 @@ def diagnose(
         []
     """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    looks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "versions": _versions,
-        "ONNX Runtime": _runtime,
-        "worker": _worker,
-        "disk": lambda: _disk(Path(folder)),
-        "memory": _memory,
-        "limits": _limits,
-        "MLflow": lambda: _server(uri),
+    looks: dict[str, tuple[Callable[[], Iterator[Finding]], str]] = {
+        "versions": (_versions, "Install onnxport anew: what is installed cannot be read."),
+        "ONNX Runtime": (_runtime, "Without it no model is proven: pip install 'onnxport[ort]'."),
+        "worker": (_worker, "Use OnnxExport(background=False) until it starts; see the error."),
+        "disk": (lambda: _disk(Path(folder)), "Make the folder writable, or give another one."),
+        "memory": (_memory, "Weights cannot be shared with the worker: is memory limited here?"),
+        "limits": (_limits, "The limits of this process cannot be read."),
+        "MLflow": (lambda: _server(uri), "Look at the address: MLFLOW_TRACKING_URI."),
     }
     found: list[Finding] = []
-    for what, look in looks.items():
+    for what, (look, advice) in looks.items():
         try:
             found += look()
         except Exception as error:  # it is what was looked for
             logger.debug("%s could not be looked at", what, exc_info=True)
             name = "" if isinstance(error, OnnxportError) else f"{type(error).__name__}: "
-            text = f"{name}{error}"
-            found.append(Finding(what, text, ok=False, advice="See the error."))
+            found.append(Finding(what, f"{name}{error}", ok=False, advice=advice))
     return found
 
 
@@ -163,7 +162,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         ok=free >= _LITTLE_DISK,
         advice="Free some space, or give another folder with dirpath=.",
     )
-    with tempfile.TemporaryDirectory(prefix=".onnxport-doctor-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
         file = Path(scratch) / "file"
         with FileLock(f"{file}.lock", timeout=0):
             start = time.perf_counter()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from servers import free_port
+from servers import answering, free_port
 
 from faults.catalogue import CATALOGUE, Fault, Outcome
 from onnxport import Background, MLflow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from faults.catalogue import Site
 
@@ -25,36 +24,8 @@ HASTY = Background(drain_s=40.0)
 _UNTOLD = "what the server should hold, until `onnxport sync` or the next start"
 
 
-@contextmanager
-def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """Run a server that answers like this, and says that it is well."""
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/health":
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"OK")
-                return
-            with_fired.append(self.path)
-            answer(self)
-
-        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815 - names that http.server calls
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads, server.block_on_close = True, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-with_fired: list[str] = []
+_asked: list[str] = []
+"""What the server was asked since the injection began."""
 
 
 def _status(code: int) -> Callable[[BaseHTTPRequestHandler], None]:
@@ -103,7 +74,7 @@ ANSWERS: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
 def _tracked(site: Site, uri: str) -> Outcome:
     options = MLflow(tracking_uri=uri, register="m")
     run = site.train(export=site.export(mlflow=options, background=HASTY))
-    outcome = site.judge(run, "; ".join(with_fired[:1]) or uri, again=False)
+    outcome = site.judge(run, "; ".join(_asked[:1]) or uri, again=False)
     if not all(report.ok for report in run.reports):
         outcome.problems.append(f"{[report.error for report in run.reports]}")
     last = {report.path: report for report in run.reports if Path(str(report.path)).exists()}
@@ -116,24 +87,29 @@ def _tracked(site: Site, uri: str) -> Outcome:
 
 
 def _answers(site: Site, answer: Callable[[BaseHTTPRequestHandler], None]) -> Outcome:
-    with_fired.clear()
-    with answering(answer) as uri:
+    _asked.clear()
+
+    def noted(request: BaseHTTPRequestHandler) -> None:
+        _asked.append(request.path)
+        answer(request)
+
+    with answering(noted) as uri:
         return _tracked(site, uri)
 
 
 def _is_closed(site: Site) -> Outcome:
-    with_fired.clear()
+    _asked.clear()
     return _tracked(site, f"http://127.0.0.1:{free_port()}")
 
 
 def _is_silent(site: Site) -> Outcome:
-    with_fired.clear()
+    _asked.clear()
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         return _tracked(site, f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def _no_such_name(site: Site) -> Outcome:
-    with_fired.clear()
+    _asked.clear()
     return _tracked(site, "http://mlflow.invalid:5000")
 
 

@@ -261,3 +261,21 @@ def test_a_missing_runtime_is_a_sentence(tmp_path: Path) -> None:
     )
     assert "pip install 'onnxport[ort]'" in result.stderr
     assert "MissingDependencyError" in result.stderr
+
+
+class LeavesInEval(zoo.Classifier):
+    """Ends the process in eval mode, which training itself never asks for."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            raise SystemExit(3)
+        return super().forward(image)
+
+
+def test_an_exit_of_the_module_is_a_failed_export_and_training_goes_on(tmp_path: Path) -> None:
+    callback = OnnxExport(core="trace")
+    saves = zoo.checkpoints(tmp_path)
+    trainer = zoo.trainer(tmp_path, saves, callback, epochs=2)
+    trainer.fit(LeavesInEval(zoo.cnn()), zoo.loader())
+    assert trainer.current_epoch == 2
+    assert [report.error for report in callback.reports] == ["SystemExit: 3"] * 2

@@ -12,6 +12,7 @@ import zoo
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from onnxport import ExportError, OnnxExport, export
+from onnxport.callbacks.owed import is_owed
 from onnxport.exporter.ownership import read_metadata
 
 pytestmark = pytest.mark.integration
@@ -154,6 +155,8 @@ def test_a_report_that_cannot_be_written_is_a_failed_export(
     assert not report.ok
     assert report.path is None
     assert "No space left on device" in str(report.error)
+    assert report.code == PublishError.code
+    assert is_owed(tmp_path / "checkpoints" / f"{Path(str(report.checkpoint)).stem}.onnx")
     assert stems(tmp_path, ".onnx") == []
 
 

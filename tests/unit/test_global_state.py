@@ -35,10 +35,21 @@ def test_what_would_change_the_numbers_of_training_is_put_back() -> None:
         torch.distributions.Normal(0.0, -1.0)
 
 
-def test_an_exit_of_a_handler_is_told_from_one_of_the_code_that_it_interrupts() -> None:
-    def handler(*_: Any) -> None:
-        raise SystemExit(3)
+def handler(*_: Any) -> None:
+    raise SystemExit(3)
 
+
+class Composed:
+    """Calls others, as Lightning's handler does."""
+
+    def __call__(self, *args: Any) -> None:
+        (lambda *_: handler(*args))()
+
+
+@pytest.mark.parametrize("handler", [handler, Composed()], ids=["function", "object"])
+def test_an_exit_of_a_handler_is_told_from_one_of_the_code_that_it_interrupts(
+    handler: Any,
+) -> None:
     def leave() -> None:
         raise SystemExit(3)
 

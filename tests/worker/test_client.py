@@ -236,3 +236,13 @@ def test_an_order_that_is_dropped_while_it_is_put_aside_leaves_nothing(
     until(lambda: not Path(f"/proc/self/fd/{copies[0]}").exists())
     assert [one.weights for one in orders] == [None] * 5
     assert results == []
+
+
+def test_deaths_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
+    worker, results = Worker(Background()), []
+    worker._deaths = client.MAX_DEATHS
+    worker.open("s")
+    worker.submit(order(tmp_path, 0, results))
+    assert worker.wait("s", 120.0) == []
+    assert [result.report.ok for result in results] == [True]
+    worker.close()

@@ -444,6 +444,7 @@ class ExportSession:
         settle(path)
         withdrawn = self._withdrawn.pop(path, False)
         if withdrawn or checkpoint is None or is_model_of(path, Path(checkpoint)):
+            event("model.removed", model=path)
             self._remove(path)
         elif self._remote is not None:  # another run may have made it
             self._remote.remove(path, checkpoint)
@@ -453,7 +454,6 @@ class ExportSession:
             self._tracked.pop(path, None)
             gone = Job(model=path.absolute(), place=place_of(path), address=self._address)
             self._outbox.submit(gone, lambda _: None)
-        event("model.removed", model=path)
         try:
             remove_model(path)
         except OSError as error:
