@@ -40,7 +40,7 @@ def is_of_handler(error: BaseException) -> bool:
     """Tell whether a handler of a signal has raised an error, whatever it has interrupted."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     # Objects that can be called are handlers, too: Lightning's calls those that were there before.
-    calls = [*handlers, *(getattr(type(handler), "__call__", None) for handler in handlers)]
+    calls = [*handlers, *(vars(type(handler)).get("__call__") for handler in handlers)]
     codes = {getattr(call, "__code__", None) for call in calls}
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 

@@ -6,7 +6,6 @@ import socket
 import time
 from contextlib import closing
 from functools import partial
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from onnxport import Background, MLflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from http.server import BaseHTTPRequestHandler
 
     from faults.catalogue import Site
 

@@ -233,6 +233,7 @@ class Pipeline:
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
         """Write what repeats the failure, once per run: it holds the module's weights."""
+        job.require_wanted()  # else the files were taken away, and nothing has failed
         if self._reproduced:
             return ""
         request = plan.request(job.options.opset)
