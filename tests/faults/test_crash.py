@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 STEPS = 8
-RESUMED, CONTINUED = 29, 401
+RESUMED, WITH_TEMPLATE, CONTINUED = 29, 13, 401
 """Each so-manieth state is resumed, or trained on from: primes, so that all stages are met."""
 
 
@@ -69,9 +69,20 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Recorded(disk.folder, states)
 
 
-def laid(recorded: Recorded, every: int) -> Iterator[tuple[str, Path]]:
-    """Make the folders that may be found, one after the other, where training was."""
-    for after, model, state in recorded.states[::every]:
+def laid(recorded: Recorded, every: int, *, if_name: str = "") -> Iterator[tuple[str, Path]]:
+    """Make the folders that may be found, one after the other, where training was.
+
+    Args:
+        recorded: All of them.
+        every: Each so-manieth is made.
+        if_name: Only those in which the processes alone were killed, and a file's name has this.
+    """
+    found = [
+        (after, model, state)
+        for after, model, state in recorded.states
+        if not if_name or (model == "killed" and any(if_name in name for name in state.files))
+    ]
+    for after, model, state in found[::every]:
         shutil.rmtree(recorded.folder, ignore_errors=True)
         recorded.folder.mkdir()
         state.lay(recorded.folder)
@@ -88,17 +99,22 @@ def test_no_moment_leaves_a_wrong_model(recorded: Recorded) -> None:
 
 
 def test_what_is_owed_can_be_made_without_the_module(recorded: Recorded) -> None:
-    made = 0
     for name, folder in laid(recorded, RESUMED):
         if not folder.is_dir():
             continue
-        reports = resume(folder)
-        made += sum(report.ok for report in reports)
+        resume(folder)
         assert wrong_models(folder, folder) + false_reports(folder) == [], name
         notes = {path for path in left_behind(folder) if "pending" in path or "template" in path}
         assert set(left_behind(folder)) == notes, name
         if not notes and name.startswith("killed"):
             assert missing(folder, folder) == [], name
+
+
+def test_models_are_made_from_a_template_that_was_kept(recorded: Recorded) -> None:
+    made = 0
+    for name, folder in laid(recorded, WITH_TEMPLATE, if_name="onnxport-template"):
+        made += sum(report.ok for report in resume(folder))
+        assert wrong_models(folder, folder) + false_reports(folder) == [], name
     assert made > 0
 
 
