@@ -14,12 +14,13 @@ ZOO_STAMP := $(ZOO)/.installed
 ZOO_LOG := .install-zoo.log
 COVERAGE_ARGS ?=
 FAULTS_ARGS ?=
+SOAK_ARGS ?=
 FUZZ_ARGS ?=
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale faults fuzz check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults fuzz soak check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -50,6 +51,9 @@ test-scale: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python benchmarks/faults.py $(FAULTS_ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt --group fuzz >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }

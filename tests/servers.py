@@ -85,16 +85,19 @@ def bad_server(delay_s: float = 0.0, *, healthy: bool = False) -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(store: str, folder: Path, *options: str, **env: str) -> Iterator[str]:
+def mlflow_server(
+    store: str, folder: Path, *options: str, port: int = 0, **env: str
+) -> Iterator[str]:
     """Run MLflow over HTTP for the block, artifacts through its proxy; yield its address.
 
     Args:
         store: Address of its database.
         folder: Where it keeps artifacts and its log.
         options: More arguments.
+        port: Where it listens; 0: anywhere.
         env: More environment.
     """
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(folder / "artifacts"), *options]

@@ -338,16 +338,18 @@ def why_not() -> str:
 
 
 @contextmanager
-def mounted(root: Path) -> Iterator[Mounted]:
+def mounted(root: Path, *, recorded: bool = True) -> Iterator[Mounted]:
     """Mount a disk for the block.
 
     Args:
         root: Where it may keep what it needs.
+        recorded: Whether it writes down what it is asked to do, with all that is written.
 
     Raises:
         RuntimeError: If it does not come up.
     """
-    disk = Mounted(root / "disk", root / "kept", root / "plan.json", root / "log")
+    log = root / "log" if recorded else Path(os.devnull)
+    disk = Mounted(root / "disk", root / "kept", root / "plan.json", log)
     for folder in (disk.folder, disk.kept):
         folder.mkdir(parents=True)
     disk.log.touch()

@@ -498,7 +498,7 @@ def test_a_number_that_no_row_reaches_must_be_as_it_was_then(
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What a person is told: the events, which say the same, are there if another test lets INFO pass."""
+    """What a person is told; events say the same, and are there if another test lets INFO pass."""
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 

@@ -29,7 +29,6 @@ from onnxport.callbacks.owed import (
     NO_USE,
     is_owed,
     note,
-    note_anew,
     owed,
     settle,
     sweep,
@@ -40,6 +39,7 @@ from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner, Outcome
 from onnxport.callbacks.turns import Turns
+from onnxport.callbacks.withdrawals import Withdrawals
 from onnxport.errors import OnnxportError, PublishError, WorkerError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
@@ -47,7 +47,6 @@ from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.module_state import copy_module, evaluate
 from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.unsharded import uncast
-from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
@@ -187,7 +186,7 @@ class ExportSession:
         self._reference = Reference()
         self._rehearsals = MAX_REHEARSALS
         self._tracked: dict[Path, _Tracked] = {}
-        self._withdrawn: dict[Path, bool] = {}
+        self._withdrawals = Withdrawals(name)
         if target is not None:
             require_target(module, target)
         self._observer = _observer(module, target, is_redirected)
@@ -257,13 +256,15 @@ class ExportSession:
                 event("model.dropped", model=path, reason="its checkpoint is gone")
                 return
             seconds["total"] = time.perf_counter() - start
+            if report.ok:
+                self._withdrawals.published(path)
             if report.ok and self._remote is not None:  # an upload may take long
                 report = self._remote.deliver(report, path)
                 if report is None:
                     return
             elif not report.ok:
                 # An older model would hold other weights; a worker that died has not removed it.
-                self._remove(path)
+                self._remove(path, again=self._latest[path].place == place)
                 if refused:
                     report = replace(report, error=f"{report.error}{self._way_out(path)}")
                 save_report(report, path)
@@ -273,7 +274,7 @@ class ExportSession:
                 self._track(path)
 
         self._latest[path] = _Begun(place, origin)
-        self._withdrawn.pop(path, None)
+        self._withdrawals.forget(path)
         event("model.begun", model=path, checkpoint=origin.checkpoint, step=origin.global_step)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
@@ -409,20 +410,9 @@ class ExportSession:
             self._withdraw(path, checkpoint)
 
     def _withdraw(self, path: Path, checkpoint: str) -> None:
-        ours = False
-        try:
-            ours = is_model_of(path, Path(checkpoint))
-            if ours or not path.exists():
-                note_anew(path, self._name, checkpoint)
-                withdraw_staged(path)
-            if ours:
-                withdraw_model(path)
-        except OSError as error:
-            logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
+        self._withdrawals.try_again()
+        self._withdrawals.withdraw(path, checkpoint)
         self._runner.forget(path)
-        self._withdrawn[path] = ours
-        if ours:
-            event("model.withdrawn", model=path, checkpoint=checkpoint)
 
     def pass_over(self, path: Path) -> None:
         """A checkpoint was saved of which no model is wanted: none is owed.
@@ -430,7 +420,7 @@ class ExportSession:
         Args:
             path: Where the model would lie.
         """
-        if self._withdrawn.pop(path, None) is not None:
+        if self._withdrawals.forget(path) is not None:
             settle(path)
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
@@ -442,22 +432,19 @@ class ExportSession:
         """
         self._runner.forget(path)
         settle(path)
-        withdrawn = self._withdrawn.pop(path, False)
+        withdrawn = self._withdrawals.forget(path)
         if withdrawn or checkpoint is None or is_model_of(path, Path(checkpoint)):
             event("model.removed", model=path)
             self._remove(path)
         elif self._remote is not None:  # another run may have made it
             self._remote.remove(path, checkpoint)
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, path: Path, *, again: bool = True) -> None:
         if self._outbox is not None:
             self._tracked.pop(path, None)
             gone = Job(model=path.absolute(), place=place_of(path), address=self._address)
             self._outbox.submit(gone, lambda _: None)
-        try:
-            remove_model(path)
-        except OSError as error:
-            logger.warning("%s was not removed with its checkpoint: %s", path, error)
+        self._withdrawals.remove(path, again=again)
         if self._remote is not None:
             self._remote.remove(path)
 
@@ -504,6 +491,7 @@ class ExportSession:
         """
         self._observer.stop()
         self._runner.close()
+        self._withdrawals.try_again()
         sweep(self._folders)
         if best in self._tracked and self._address.waits_for_best:
             self._track(best, last=True)

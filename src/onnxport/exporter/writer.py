@@ -375,28 +375,43 @@ def report_path(path: Path) -> Path:
     return path.with_name(path.name + REPORT_SUFFIX)
 
 
-def remove_model(path: Path) -> None:
+def remove_model(path: Path, *, known: bool = False) -> None:
     """Remove a model of ours, its external data and its report.
 
     What is not there, and what somebody else put there, is left alone.
+
+    Args:
+        path: The model.
+        known: It is ours, also if it cannot be read.
+
+    Raises:
+        OSError: If the disk does not take it.
     """
-    for file in _files_of_ours(path):
+    for file in _files_of_ours(path, known=known):
         file.unlink(missing_ok=True)
 
 
-def withdraw_model(path: Path) -> None:
+def withdraw_model(path: Path, *, known: bool = False) -> None:
     """Take the names from a model of ours, its external data and its report; see `remove_model`.
 
     It takes no longer for a large model, because training waits for it: what has lost its name is
     swept later.
 
+    Args:
+        path: The model.
+        known: It is ours, also if it cannot be read.
+
     Raises:
         OSError: If the disk does not take it.
     """
-    # Into no folder, which somebody could sweep before they are in it.
-    for file in _files_of_ours(path):
-        with suppress(FileNotFoundError):  # removed a moment ago
+    for file in _files_of_ours(path, known=known):
+        try:
+            # Into no folder, which somebody could sweep before they are in it.
             file.rename(_fresh_name(path.parent))
+        except FileNotFoundError:  # removed a moment ago
+            continue
+        except OSError:  # the disk may take the other operation
+            file.unlink(missing_ok=True)
 
 
 def withdraw_staged(path: Path) -> None:
@@ -415,9 +430,11 @@ def withdraw_staged(path: Path) -> None:
                     folder.rename(_fresh_name(path.parent))
 
 
-def _files_of_ours(path: Path) -> list[Path]:
+def _files_of_ours(path: Path, *, known: bool = False) -> list[Path]:
     """Return the files of a model that are ours; first the report, which says that there is one."""
     report = report_path(path)
+    if known:
+        return [report, *model_files(path)]
     reported = is_our_report(report)
     ours = is_ours(path) or (reported and not path.exists())
     return [*([report] if reported else []), *(model_files(path) if ours else ())]

@@ -1,0 +1,113 @@
+"""Models lose their names before their checkpoints change, or as soon as the disk lets them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from onnxport._events import event
+from onnxport.callbacks.owed import note_anew
+from onnxport.callbacks.paths import is_model_of
+from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
+
+__all__ = ["Withdrawals"]
+
+logger = logging.getLogger(__name__)
+
+
+class Withdrawals:
+    """The models of a run whose checkpoints change, or are gone.
+
+    Args:
+        name: What follows the names of the models.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._withdrawn: dict[Path, bool] = {}
+        self._published: set[Path] = set()
+        self._stale: set[Path] = set()
+
+    def published(self, path: Path) -> None:
+        """A proven model is there now: it is ours, also if the disk does not let it be read."""
+        self._published.add(path)
+        self._stale.discard(path)
+
+    def withdraw(self, path: Path, checkpoint: str) -> None:
+        """A checkpoint is about to change, or to be removed: its model is not what has its name.
+
+        Args:
+            path: The model; files that are none of ours stay.
+            checkpoint: The checkpoint.
+        """
+        ours = False
+        self._stale.discard(path)
+        try:
+            ours = self._is_ours(path, checkpoint)
+            if ours or not path.exists():
+                note_anew(path, self._name, checkpoint)
+                withdraw_staged(path)
+            if ours:
+                withdraw_model(path, known=self._is_unreadable(path))
+        except OSError as error:
+            logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
+        else:
+            if ours:
+                event("model.withdrawn", model=path, checkpoint=checkpoint)
+        self._withdrawn[path] = ours
+
+    def _is_ours(self, path: Path, checkpoint: str) -> bool:
+        if is_model_of(path, Path(checkpoint)):
+            return True
+        return self._is_unreadable(path)
+
+    def _is_unreadable(self, path: Path) -> bool:
+        """Tell whether a model of this run is there and cannot be asked whose it is."""
+        return path in self._published and _cannot_be_read(path)
+
+    def forget(self, path: Path) -> bool | None:
+        """Tell whether a model was withdrawn that was of its checkpoint, for the last time.
+
+        Returns:
+            ``None`` if nobody has tried to withdraw it.
+        """
+        return self._withdrawn.pop(path, None)
+
+    def remove(self, path: Path, *, again: bool = True) -> None:
+        """Remove a model of ours.
+
+        Args:
+            path: The model; files that are none of ours stay.
+            again: If the disk refuses it, it is tried again later; no other model of this name may
+                be on its way then.
+        """
+        try:
+            self._remove(path)
+        except OSError as error:
+            logger.warning("%s was not removed, and is of no checkpoint: %s", path, error)
+            if again:
+                self._stale.add(path)
+
+    def try_again(self) -> None:
+        """Remove what the disk has not let go."""
+        for path in list(self._stale):
+            try:
+                self._remove(path)
+            except OSError:
+                logger.debug("%s stays still", path, exc_info=True)
+
+    def _remove(self, path: Path) -> None:
+        remove_model(path, known=self._is_unreadable(path))
+        self._published.discard(path)
+        self._stale.discard(path)
+
+
+def _cannot_be_read(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

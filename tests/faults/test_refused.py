@@ -1,0 +1,106 @@
+"""A disk that does not let a model go, for a moment or for long."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from faults.disk import Rule, mounted, why_not
+from faults.ground import EVERY, left_behind, train, undisturbed, wrong_models
+from onnxport import OnnxExport
+from onnxport.exporter.writer import withdraw_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from faults.disk import Mounted
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(why_not() != "", reason=why_not()),
+]
+
+
+END = -1
+
+
+class Refuses(Callback):
+    """Gives the disk a rule before a step and takes it back before another one.
+
+    Args:
+        disk: The disk.
+        rules: What it refuses.
+        steps: From the first to before the second, or to the end.
+    """
+
+    def __init__(self, disk: Mounted, rules: tuple[Rule, ...], steps: tuple[int, int]) -> None:
+        self.disk, self.rules, self.steps = disk, rules, steps
+        self.found: list[list[str]] = []
+        self.fired: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        begin, end = self.steps
+        if trainer.global_step == begin:
+            self.disk.fail(*self.rules)
+        elif trainer.global_step == end:
+            self._take_back()
+        if trainer.global_step % EVERY == 1:  # a step after a save
+            self._judge()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.steps[1] == END:
+            self._judge()
+            self._take_back()
+
+    def _take_back(self) -> None:
+        self.fired = self.disk.fired
+        self.disk.fail()
+
+    def _judge(self) -> None:
+        kept = self.disk.kept / "c"
+        with torch.random.fork_rng():  # judging draws numbers
+            self.found.append(wrong_models(kept, kept))
+
+
+def refused(tmp_path: Path, *rules: Rule, steps: tuple[int, int]) -> tuple[Refuses, Path]:
+    """Train on such a disk; return what was found at each save, and what is there then."""
+    with mounted(tmp_path) as disk:
+        refuses = Refuses(disk, rules, steps)
+        export = OnnxExport(core="trace", mlflow=False, background=False)
+        run = train(disk.folder / "c", export, refuses, steps=8)
+        assert run.error is None
+        assert tuple(run.losses) == undisturbed(8)
+        assert refuses.fired
+    return refuses, disk.kept / "c"
+
+
+def test_a_name_that_cannot_be_changed_is_removed(tmp_path: Path) -> None:
+    with mounted(tmp_path) as disk:
+        folder = disk.folder / "c"
+        train(folder, OnnxExport(core="trace", mlflow=False, background=False), steps=2)
+        disk.fail(Rule(operations=("rename",), times=-1))
+        withdraw_model(folder / "last.onnx")
+        assert disk.fired
+        assert {path.name for path in folder.glob("last*")} == {"last.ckpt"}
+
+
+def test_a_model_goes_as_soon_as_the_disk_lets_it(tmp_path: Path) -> None:
+    rule = Rule(operations=("rename", "unlink", "create", "mkdir"), match="c/*onnx*", times=-1)
+    refuses, kept = refused(tmp_path, rule, steps=(7, END))
+    # The last save has left what the disk did not let go, until training was over.
+    assert set(refuses.found[-1]) == {
+        "epoch=0-step=4.onnx has no checkpoint",
+        "last.onnx holds other weights than its checkpoint",
+    }
+    assert wrong_models(kept, kept) == []
+
+
+def test_a_model_that_cannot_be_read_is_withdrawn_by_who_has_made_it(tmp_path: Path) -> None:
+    rule = Rule(operations=("open", "read"), match="c/*.onnx*", times=-1, error=errno.EIO)
+    refuses, kept = refused(tmp_path, rule, steps=(3, 5))
+    assert refuses.found == [[]] * len(refuses.found)
+    assert wrong_models(kept, kept) + left_behind(kept) == []
