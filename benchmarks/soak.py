@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import random
 import shutil
@@ -129,6 +130,8 @@ class Paced(Callback):
 
 def train(folder: Path, step_s: float, steps: int, uri: str) -> dict[str, Any]:
     """Train until a file says stop, or for so many steps; ``uri``: with the callback, and there."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("onnxport").setLevel(logging.INFO)
     pl.seed_everything(7, verbose=False)
     rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3))
     kinds = (rows.abs().argmax(1) % 4).long()
@@ -167,6 +170,7 @@ def train(folder: Path, step_s: float, steps: int, uri: str) -> dict[str, Any]:
         "longest_step_s": round(paced.longest_s, 3),
         "models": sum(report.ok for report in reports),
         "failed": dict(Counter(report.code or "none" for report in reports if not report.ok)),
+        "errors": {report.code or "none": report.error for report in reports if not report.ok},
         "untold": sum(bool(r.tracking and r.tracking.missing) for r in reports),
     }
 
@@ -242,6 +246,8 @@ class Harm:
         name, harm = self.random.choice(list(self.all().items()))
         if harm():
             self.done[name] += 1
+            with (self.disk.folder.parent / "harm.log").open("a") as log:
+                log.write(f"{datetime.now(UTC):%H:%M:%S} {name}\n")
 
     def settle(self, *, all_of_it: bool = False) -> None:
         """Undo what has lasted long enough."""
@@ -370,7 +376,8 @@ class Judge:
         self.room.mkdir()
         (self.room / name).write_bytes(model)
         (self.room / name).with_suffix(".ckpt").write_bytes(checkpoint)
-        self.wrong += wrong_models(self.room, self.room, Net)
+        now = datetime.now(UTC).strftime("%H:%M:%S")
+        self.wrong += [f"{now} {text}" for text in wrong_models(self.room, self.room, Net)]
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -508,7 +515,10 @@ def main() -> None:
         raise SystemExit(f"training ended with {found['ended']}: {folder}/train.log")
     (arguments.results / "soak.md").write_text(page(found), encoding="utf-8")
     print(page(found))
-    shutil.rmtree(folder, ignore_errors=True)
+    if found["wrong"] or found["not_put_right"]:
+        print(*found["wrong"], *found["not_put_right"], f"See {folder}.", sep="\n")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

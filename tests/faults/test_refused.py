@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from faults.disk import Rule, mounted, why_not
-from faults.ground import EVERY, left_behind, train, undisturbed, wrong_models
+from faults.ground import EVERY, left_behind, missing, train, undisturbed, wrong_models
 from onnxport import OnnxExport
 from onnxport.exporter.writer import withdraw_model
 
@@ -97,6 +97,19 @@ def test_a_model_goes_as_soon_as_the_disk_lets_it(tmp_path: Path) -> None:
         "last.onnx holds other weights than its checkpoint",
     }
     assert wrong_models(kept, kept) == []
+
+
+def test_what_could_not_be_noted_is_noted_once_it_can_be(tmp_path: Path) -> None:
+    rule = Rule(operations=("create", "mkdir"), match="c/*onnx*", times=-1, error=errno.ENOSPC)
+    _, kept = refused(tmp_path, rule, steps=(5, END))
+    assert {path.name for path in kept.glob(".*.pending")} == {
+        ".epoch=0-step=6.onnx.pending",
+        ".epoch=0-step=8.onnx.pending",
+        ".last.onnx.pending",
+    }
+    run = train(kept, OnnxExport(core="trace", mlflow=False, background=False), steps=4)
+    assert [report.error for report in run.reports if not report.ok] == []
+    assert wrong_models(kept, kept) + missing(kept, kept) + left_behind(kept) == []
 
 
 def test_a_model_that_cannot_be_read_is_withdrawn_by_who_has_made_it(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
 from onnxport.callbacks.runner import InlineRunner, Outcome
 from onnxport.callbacks.turns import Turns
+from onnxport.callbacks.unnoted import Unnoted
 from onnxport.callbacks.withdrawals import Withdrawals
 from onnxport.errors import OnnxportError, PublishError, WorkerError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -187,6 +188,7 @@ class ExportSession:
         self._rehearsals = MAX_REHEARSALS
         self._tracked: dict[Path, _Tracked] = {}
         self._withdrawals = Withdrawals(name)
+        self._unnoted = Unnoted(name)
         if target is not None:
             require_target(module, target)
         self._observer = _observer(module, target, is_redirected)
@@ -263,11 +265,8 @@ class ExportSession:
                 if report is None:
                     return
             elif not report.ok:
-                # An older model would hold other weights; a worker that died has not removed it.
-                self._remove(path, again=self._latest[path].place == place)
-                if refused:
-                    report = replace(report, error=f"{report.error}{self._way_out(path)}")
-                save_report(report, path)
+                latest = self._latest[path].place == place
+                report = self._refuse(path, origin, report, owed=refused, latest=latest)
             self._kept.keep(report, seconds, place)
             if report.ok and self._outbox is not None:
                 self._tracked[path] = _Tracked(report, origin, place, outcome.row)
@@ -278,6 +277,27 @@ class ExportSession:
         event("model.begun", model=path, checkpoint=origin.checkpoint, step=origin.global_step)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
+
+    def _refuse(
+        self, path: Path, origin: Provenance, report: ExportReport, *, owed: bool, latest: bool
+    ) -> ExportReport:
+        """Leave a report where a model would be.
+
+        Args:
+            path: Of the model.
+            origin: Where its weights come from.
+            report: Says why there is none.
+            owed: It may be made at another time.
+            latest: The checkpoint has not been saved again.
+        """
+        # An older model would hold other weights; a worker that died has not removed it.
+        self._remove(path, again=latest)
+        if owed and latest:
+            self._unnoted.owe(path, origin)
+        if owed:
+            report = replace(report, error=f"{report.error}{self._way_out(path)}")
+        save_report(report, path)
+        return report
 
     def dry_run(self, saved: Saved) -> None:
         """Prove that the module exports; the report names no file, nothing is tracked."""
@@ -410,9 +430,15 @@ class ExportSession:
             self._withdraw(path, checkpoint)
 
     def _withdraw(self, path: Path, checkpoint: str) -> None:
-        self._withdrawals.try_again()
+        self._unnoted.forget(path)
+        self._try_again()
         self._withdrawals.withdraw(path, checkpoint)
         self._runner.forget(path)
+
+    def _try_again(self) -> None:
+        """Do what the disk has refused before."""
+        self._withdrawals.try_again()
+        self._unnoted.try_again()
 
     def pass_over(self, path: Path) -> None:
         """A checkpoint was saved of which no model is wanted: none is owed.
@@ -431,6 +457,7 @@ class ExportSession:
             checkpoint: If given, the model of another checkpoint stays, too.
         """
         self._runner.forget(path)
+        self._unnoted.forget(path)
         settle(path)
         withdrawn = self._withdrawals.forget(path)
         if withdrawn or checkpoint is None or is_model_of(path, Path(checkpoint)):
@@ -491,7 +518,7 @@ class ExportSession:
         """
         self._observer.stop()
         self._runner.close()
-        self._withdrawals.try_again()
+        self._try_again()
         sweep(self._folders)
         if best in self._tracked and self._address.waits_for_best:
             self._track(best, last=True)
