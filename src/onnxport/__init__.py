@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         OnnxportError,
         PublishError,
         TrackingError,
+        UnsafeFileError,
         VerificationError,
         WorkerError,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "Tolerance",
     "TrackingError",
     "TrackingRecord",
+    "UnsafeFileError",
     "VerificationError",
     "Verify",
     "WorkerError",
@@ -77,6 +79,7 @@ _HOMES = {
         "OnnxportError",
         "PublishError",
         "TrackingError",
+        "UnsafeFileError",
         "VerificationError",
         "WorkerError",
     ),

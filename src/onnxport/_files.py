@@ -15,6 +15,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from onnxport.errors import UnsafeFileError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,6 +31,7 @@ __all__ = [
     "identity_of",
     "read_small",
     "replace_content",
+    "require_inside",
     "sweep_begun",
     "sync",
 ]
@@ -81,6 +84,20 @@ def read_small(path: Path) -> bytes:
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB")
     return content
+
+
+def require_inside(file: Path) -> None:
+    """Refuse a file that is a link to a place outside of its folder: it would be read in its name.
+
+    Raises:
+        UnsafeFileError: If it is one.
+        OSError: If it cannot be followed.
+    """
+    if not file.resolve(strict=True).is_relative_to(file.parent.resolve(strict=True)):
+        raise UnsafeFileError(
+            f"{file} is a link to a place outside of its folder, and is not read. Put the file "
+            "itself there."
+        )
 
 
 def identity_of(path: Path) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxport.config import ExportOptions, Inputs, Verify
 from onnxport.errors import ConfigurationError, ExportError
+from onnxport.exporter.confined import require_confined
 from onnxport.exporter.module_state import copy_module
 from onnxport.exporter.target import require_target
 from onnxport.pipeline import ExportJob, GivenModule, Pipeline
@@ -111,11 +112,13 @@ def verify(
     Raises:
         VerificationError: At the first disagreement; ``checks`` holds what was compared.
         ConfigurationError: If the file does not exist.
+        UnsafeFileError: If it is no model, or would have files read that are not below its folder.
     """
     require_runtime()
     file = Path(path)
     if not file.is_file():
         raise ConfigurationError(f"There is no model at {file}. Give the path of an .onnx file.")
+    require_confined(file)
     options = ExportOptions.of(
         core="auto", inputs=inputs, opset=None, precision=None, verify=verify or True
     )

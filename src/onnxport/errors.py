@@ -22,6 +22,7 @@ __all__ = [
     "OnnxportError",
     "PublishError",
     "TrackingError",
+    "UnsafeFileError",
     "VerificationError",
     "WorkerError",
 ]
@@ -60,6 +61,12 @@ class MissingDependencyError(OnnxportError, ImportError):
     """An optional dependency is needed and not installed."""
 
     code = "OX110"
+
+
+class UnsafeFileError(OnnxportError, ValueError):
+    """A file would have others read, or is larger or of another kind than it may be."""
+
+    code = "OX120"
 
 
 class InputInferenceError(OnnxportError):

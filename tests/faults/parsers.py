@@ -13,6 +13,7 @@ from onnxport import Background, MLflow
 from onnxport.callbacks.owed import owed
 from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.confined import require_confined
 from onnxport.exporter.memory import RungMemory
 from onnxport.exporter.model_file import mapped_twin
 from onnxport.exporter.ownership import is_our_report, read_metadata
@@ -76,6 +77,7 @@ def _recall(file: Path) -> None:
 PARSERS = {
     "metadata of a model": Parser("*.onnx", read_metadata, "a.onnx"),
     "a model's places of weights": Parser("*.onnx", mapped_twin, "a.onnx", (OnnxportError,)),
+    "a model of anybody": Parser("*.onnx", require_confined, "a.onnx", (OnnxportError,)),
     "whose a report is": Parser("*.json", is_our_report, "a.onnx.json"),
     "a report": Parser("*.json", _report_of, "a.onnx.json"),
     "a job for the server": Parser(".*.tracking", _job, ".m.onnx.tracking", (ValueError,)),

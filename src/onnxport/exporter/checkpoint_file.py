@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
+from onnxport._archive import require_archive
 from onnxport.errors import ExportError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     try:
         if path.is_dir():
             return _read_folder(path, key)
+        require_archive(path)
         content = torch.load(
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
         )
@@ -198,8 +200,12 @@ def _without_attributes(rebuild: Any, kind: Any, args: tuple[Any, ...], _: Any) 
     return rebuild(*args) if kind is _PLAIN else _Inert()
 
 
-class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - finds nothing that could do anything
-    """Finds torch's functions that make tensors; everything else is inert."""
+class _InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - see below
+    """Finds torch's functions that make tensors; everything else is inert.
+
+    The one in Python: that in C makes room for as many objects as a file says there are, up to
+    32 GiB for a file of ten bytes.
+    """
 
     @override
     def find_class(self, module: str, name: str) -> Any:

@@ -343,8 +343,9 @@ def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length:
 
 
 def _checked(slot: Slot, tensor: torch.Tensor) -> memoryview:
-    raw = raw_bytes(tensor)
-    if raw.nbytes != slot.nbytes or tuple(tensor.shape) != slot.dims:
+    # Before the bytes are asked for: a tensor of any size may be a view of a single number.
+    same = tuple(tensor.shape) == slot.dims
+    if not same or (raw := raw_bytes(tensor)).nbytes != slot.nbytes:
         raise PublishError(
             f"{slot.name!r} should be {slot.dims} and is {tuple(tensor.shape)}: nothing is written."
         )

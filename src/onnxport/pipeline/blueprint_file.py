@@ -15,7 +15,10 @@ import onnx
 import torch
 from torch import nn
 
+from onnxport._archive import require_archive
+from onnxport._files import MOST_BYTES
 from onnxport.errors import ExportError
+from onnxport.exporter.confined import tensors_in
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.frontier import Piece
 from onnxport.exporter.ladder import named_rung
@@ -31,7 +34,7 @@ from onnxport.signature import ModelSignature
 from onnxport.tree import Example, flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["load_blueprint", "read_plain", "reference_from", "reference_of", "save_blueprint"]
@@ -39,6 +42,8 @@ __all__ = ["load_blueprint", "read_plain", "reference_from", "reference_of", "sa
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+MOST_TEMPLATE_BYTES = 1 << 32
+"""A graph has 2 GiB at most, and comes with an example of its inputs."""
 
 
 def save_blueprint(blueprint: Blueprint | None, path: Path) -> bool:
@@ -74,7 +79,7 @@ def load_blueprint(path: Path) -> Blueprint:
         ExportError: If the file is not there, is damaged, or is of another version.
     """
     try:
-        return _blueprint(read_plain(path))
+        return _blueprint(read_plain(path, MOST_TEMPLATE_BYTES))
     except Exception as error:  # a damaged file raises anything
         raise ExportError(
             f"The template {path} cannot be read: {type(error).__name__}: {error}."
@@ -108,12 +113,17 @@ def reference_from(content: dict[str, Any]) -> LiveReference:
     )
 
 
-def read_plain(path: Path) -> dict[str, Any]:
+def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """Read a file of plain values and tensors; nothing else is let in.
+
+    Args:
+        path: The file.
+        most_bytes: How large it may be.
 
     Raises:
         Exception: Whatever a damaged file leads to.
     """
+    require_archive(path, most_bytes)
     content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return content
 
@@ -226,20 +236,8 @@ def _require_self_contained(content: dict[str, Any]) -> None:
     graphs += [
         onnx.ModelProto.FromString(_as_bytes(each["model"])).graph for each in content["pieces"]
     ]
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors_in(graphs)):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_in(graphs)):
         raise ExportError("a graph in it refers to another file")
-
-
-def _tensors_in(graphs: Iterable[onnx.GraphProto]) -> Iterator[onnx.TensorProto]:
-    for graph in graphs:
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        for attribute in (each for node in graph.node for each in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            yield from _tensors_in((attribute.g, *attribute.graphs))
 
 
 def _tensors_of(example: Example | None) -> Sequence[torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from onnxport._files import require_inside
 from onnxport.config import MLflow
 
 if TYPE_CHECKING:
@@ -112,13 +113,17 @@ class Model:
         )
 
     def require_unchanged(self) -> None:
-        """Make sure that the file is what was proven.
+        """Make sure that the file is what was proven, and is there itself.
 
         Raises:
             ModelChangedError: If it is another one.
+            UnsafeFileError: If it, or the file of its weights, is a link out of its folder.
         """
         if identity_of(self.path) != self.identity:
             raise ModelChangedError(f"{self.path} is not the file that was proven.")
+        for file in (self.path, self.path.with_name(f"{self.path.name}.data")):
+            if file.exists():
+                require_inside(file)
 
 
 def place_of(path: Path) -> str:

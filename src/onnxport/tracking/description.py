@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import posixpath
 import re
 from math import prod
 from pathlib import Path
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["key_of", "log_metrics", "name_of", "params_of", "size_of", "tags_of"]
 
 
+_LONGEST_KEY = 250
+_LONGEST_VALUE = 6000
+"""Characters that MLflow takes. Source: ``mlflow.utils.validation``, 3.17."""
+
+
 def key_of(model: Model, run_id: str) -> str:
     """Tell models apart, also those of equal weights in two places."""
     weights = (model.report.weights_sha256 or "")[:16]
@@ -29,7 +36,7 @@ def key_of(model: Model, run_id: str) -> str:
 
 def name_of(model: Model) -> str:
     """Return the name of a logged model: that of its file, in what characters MLflow takes."""
-    return re.sub(r"""[/:.%"']""", "_", Path(str(model.report.path)).stem)
+    return re.sub(r"[^\w ,=+@()-]", "_", Path(str(model.report.path)).stem)
 
 
 def params_of(report: ExportReport) -> dict[str, str]:
@@ -41,7 +48,7 @@ def params_of(report: ExportReport) -> dict[str, str]:
         "global_step": report.global_step,
         "dynamic_axes": report.dynamic_axes,
     }
-    return {key: str(value) for key, value in known.items() if value is not None}
+    return {key: str(value)[:_LONGEST_VALUE] for key, value in known.items() if value is not None}
 
 
 def tags_of(model: Model) -> dict[str, str]:
@@ -113,8 +120,17 @@ def log_metrics(client: Any, model: Model, logged: Any, run: Run) -> None:
 
 
 def _metric_key(key: str) -> str:
-    """Clean a key as Lightning's ``MLFlowLogger`` does, so that both meet."""
-    return re.sub(r"[^a-zA-Z0-9_/. -]+", "", key)
+    """Clean a key as Lightning's ``MLFlowLogger`` does, so that both meet.
+
+    What MLflow refuses then, because it would be the path of another file, is too long or empty,
+    gets a hash. Source: ``mlflow.utils.validation``, 3.17.
+    """
+    cleaned = re.sub(r"[^a-zA-Z0-9_/. -]+", "", key)
+    plain = cleaned == posixpath.normpath(cleaned) and not re.match(r"/|\.\.|\.$", cleaned)
+    if plain and len(cleaned) <= _LONGEST_KEY:
+        return cleaned
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', cleaned)[:200]}-{digest}".lstrip("-")
 
 
 def _point_at(history: Sequence[Any], value: float, step: int) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -110,6 +111,8 @@ def read_job(path: Path, text: bytes) -> Job:
             raise ValueError(f"version {content['version']}")
         model = content["content"]
         lies, place = model_of(path), str(content["place"])
+        if not re.fullmatch(r"[0-9a-f]{16}", place):  # it becomes part of a question to the server
+            raise ValueError(f"place {place!r}")
         return Job(
             model=lies,
             place=place,
