@@ -17,6 +17,14 @@ FAULTS_ARGS ?=
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 
+INSTALL = $(BIN)/python -m pip install --upgrade "pip>=25.1" && \
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group test --group lint
+# HASHES=1, as the gate has it: the files of requirements-ci.txt and no others.
+INSTALL_HASHED = $(BIN)/python -m pip install --require-hashes --only-binary :all: --no-deps \
+	-r requirements-ci.txt && \
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e . && \
+	$(BIN)/python -m pip check
+
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
@@ -28,8 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "onnxport: installing into $(VENV) ..."
 	@start=$$(date +%s); \
 	 { $(PYTHON) -m venv $(VENV) && \
-	   $(BIN)/python -m pip install --upgrade "pip>=25.1" && \
-	   $(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group test --group lint; \
+	   $(if $(HASHES),$(INSTALL_HASHED),$(INSTALL)); \
 	 } > $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }; \
 	 touch $(STAMP); \
 	 echo "onnxport: environment in $(VENV), log in $(LOG), took $$(( $$(date +%s) - start )) s"
