@@ -28,7 +28,7 @@ INSTALL_HASHED = $(BIN)/python -m pip install --require-hashes --only-binary :al
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale faults fuzz soak check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults fuzz soak supply check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -61,6 +61,9 @@ faults: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+supply: $(STAMP)
+	$(BIN)/python benchmarks/supply.py
 
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt --group fuzz >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
