@@ -28,7 +28,7 @@ INSTALL_HASHED = $(BIN)/python -m pip install --require-hashes --only-binary :al
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale faults fuzz soak supply check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults fuzz soak supply audit check screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -64,6 +64,12 @@ soak: $(STAMP)
 
 supply: $(STAMP)
 	$(BIN)/python benchmarks/supply.py
+
+# bandit must find nothing; pip-audit asks a database of advisories, and says if it cannot.
+audit: $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt --group audit >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
+	$(BIN)/bandit -q -c pyproject.toml -r src
+	$(BIN)/pip-audit -r requirements-ci.txt --no-deps --disable-pip
 
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt --group fuzz >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }

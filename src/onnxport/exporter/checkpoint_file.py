@@ -73,7 +73,7 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
         if path.is_dir():
             return _read_folder(path, key)
         require_archive(path)
-        content = torch.load(
+        content = torch.load(  # nosec
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
         )
         state = content[key] if key else content

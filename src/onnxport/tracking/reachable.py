@@ -81,7 +81,8 @@ def _ask_http(uri: str, timeout_s: float) -> None:
     with contextlib.suppress(urllib.error.HTTPError):  # it answers: no such page, or a password
         parts = urlsplit(uri.rstrip("/"))
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare}/health", timeout=timeout_s).close()  # noqa: S310 - http(s) only
+        url = f"{bare}/health"
+        urllib.request.urlopen(url, timeout=timeout_s).close()  # nosec # noqa: S310 - http(s) only
 
 
 def _ask_sqlite(uri: str, timeout_s: float) -> None:

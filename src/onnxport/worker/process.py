@@ -59,7 +59,7 @@ class WorkerProcess:
             undo.callback(ours.close)
             undo.callback(self._stderr.close)
             with held_back():
-                self._process = subprocess.Popen(  # noqa: S603 - our own module
+                self._process = subprocess.Popen(  # nosec # noqa: S603 - our own module
                     [sys.executable, "-m", "onnxport.worker.server", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -138,7 +138,7 @@ class WorkerProcess:
             raise self.death("at work") from error
         if message is None:
             raise self.death("at work")
-        return pickle.loads(message[0])  # noqa: S301 - from our own process, by a private socket
+        return pickle.loads(message[0])  # nosec # noqa: S301 - our process, by a private socket
 
     def death(self, when: str) -> WorkerError:
         """End what is left of the process and say how it ended."""

@@ -121,7 +121,7 @@ class _Server:
     def _handle(self, body: bytes, descriptors: tuple[int, ...]) -> None:
         from onnxport.pipeline import CheckpointGoneError, ModuleMissingError
 
-        job: SentJob = pickle.loads(body)  # noqa: S301 - from the trainer, by a private socket
+        job: SentJob = pickle.loads(body)  # nosec # noqa: S301 - the trainer, by a private socket
         try:
             report, session = self._run(job, descriptors)
             if report is None or report.how == "export":
@@ -160,9 +160,9 @@ class _Server:
         if job.skeleton is not None:
             session.skeleton = job.skeleton
         if job.calls is not None:
-            session.target, session.examples = pickle.loads(job.calls)  # noqa: S301 - see above
+            session.target, session.examples = pickle.loads(job.calls)  # nosec # noqa: S301 - see above
         if job.blueprint is not None:
-            session.pipeline.blueprint = pickle.loads(job.blueprint)  # noqa: S301 - see above
+            session.pipeline.blueprint = pickle.loads(job.blueprint)  # nosec # noqa: S301 - see above
         source = job.weights.path or Path(f"/dev/fd/{descriptors[0]}")
         report = session.pipeline.run(
             ExportJob(
@@ -264,7 +264,7 @@ def main(descriptor: int) -> None:
     first = receive(channel)
     if first is None:
         return
-    setup: Setup = pickle.loads(first[0])  # noqa: S301 - from the trainer, by a private socket
+    setup: Setup = pickle.loads(first[0])  # nosec # noqa: S301 - the trainer, by a private socket
     _set_up(setup)
     jobs: queue.SimpleQueue[tuple[bytes, tuple[int, ...]]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, jobs), daemon=True).start()

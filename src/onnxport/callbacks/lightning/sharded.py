@@ -148,7 +148,7 @@ def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
         )
         return content
     # This training has written it, a moment ago.
-    rest = torch.load(folder / _META, map_location="cpu", weights_only=False)
+    rest = torch.load(folder / _META, map_location="cpu", weights_only=False)  # nosec
     return {**rest, "state_dict": read_state_dict(folder)}
 
 
@@ -163,7 +163,7 @@ def _consolidated(folder: Path, module: nn.Module) -> dict[str, Any]:
 
     parts = folder / "checkpoint"  # Lightning's tag
     # This training has written it, a moment ago.
-    facts = torch.load(
+    facts = torch.load(  # nosec
         min(parts.glob("*model_states.pt")), map_location="cpu", mmap=True, weights_only=False
     )
     state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=parts.name)
