@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from faults.disk import Rule, mounted, why_not
 from faults.ground import EVERY, left_behind, missing, train, undisturbed, wrong_models
 from onnxport import OnnxExport
+from onnxport.callbacks.withdrawals import Withdrawals
 from onnxport.exporter.writer import withdraw_model
 
 if TYPE_CHECKING:
@@ -117,3 +118,29 @@ def test_a_model_that_cannot_be_read_is_withdrawn_by_who_has_made_it(tmp_path: P
     refuses, kept = refused(tmp_path, rule, steps=(3, 5))
     assert refuses.found == [[]] * len(refuses.found)
     assert wrong_models(kept, kept) + left_behind(kept) == []
+
+
+@pytest.mark.parametrize("name", ["last.onnx", "last.onnx.json"])
+def test_a_model_of_an_earlier_run_that_cannot_be_read_once_is_withdrawn(
+    name: str, tmp_path: Path
+) -> None:
+    with mounted(tmp_path) as disk:
+        folder = disk.folder / "c"
+        train(folder, OnnxExport(core="trace", mlflow=False, background=False), steps=2)
+        disk.fail(Rule(operations=("open", "read"), match=f"c/{name}"))
+        Withdrawals("").withdraw(folder / "last.onnx", str(folder / "last.ckpt"))
+        assert disk.fired
+        assert not (folder / "last.onnx").exists()
+
+
+@pytest.mark.parametrize("operation", ["create", "open"])
+def test_a_disk_that_fails_where_a_model_is_made_is_no_verdict(
+    operation: str, tmp_path: Path
+) -> None:
+    rule = Rule(operations=(operation,), match="c/.onnxport-*/*.onnx", times=-1)
+    with mounted(tmp_path) as disk:
+        refuses = Refuses(disk, (rule,), (3, 5))
+        export = OnnxExport(core="trace", mlflow=False, background=False)
+        run = train(disk.folder / "c", export, refuses, steps=8)
+    assert refuses.fired
+    assert {report.code for report in run.reports if not report.ok} == {"OX500"}

@@ -204,3 +204,23 @@ def test_a_process_that_dies_again_and_again_is_given_up(store: str, tmp_path: P
     assert time.monotonic() - start < OPTIONS.drain_s
     kept = [report for report in export.reports if Path(str(report.path)).exists()]
     assert all("died too often" in report.tracking.missing for report in kept)
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_dies_now_and_then_is_started_each_time(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+
+    class KillWhenItHasWorked(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            end = time.monotonic() + 60.0
+            while time.monotonic() < end and not told():
+                time.sleep(0.05)
+            export._outbox._process.kill()
+
+    def told() -> bool:
+        last = export.reports[-1] if export.reports else None
+        return last is not None and last.tracking is not None and not last.tracking.missing
+
+    fit(tmp_path, export, KillWhenItHasWorked(), epochs=5)
+    kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert [report.tracking.missing for report in kept if report.tracking.missing] == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from onnxport._events import event
+from onnxport._files import identity_of
 from onnxport.callbacks.owed import note_anew
 from onnxport.callbacks.paths import is_model_of
 from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
@@ -25,13 +27,14 @@ class Withdrawals:
     def __init__(self, name: str) -> None:
         self._name = name
         self._withdrawn: dict[Path, bool] = {}
-        self._published: set[Path] = set()
+        self._published: dict[Path, tuple[int, ...]] = {}
         self._stale: set[Path] = set()
 
     def published(self, path: Path) -> None:
         """A proven model is there now: it is ours, also if the disk does not let it be read."""
-        self._published.add(path)
         self._stale.discard(path)
+        with suppress(OSError):  # it is gone already
+            self._published[path] = identity_of(path)
 
     def withdraw(self, path: Path, checkpoint: str) -> None:
         """A checkpoint is about to change, or to be removed: its model is not what has its name.
@@ -48,7 +51,7 @@ class Withdrawals:
                 note_anew(path, self._name, checkpoint)
                 withdraw_staged(path)
             if ours:
-                withdraw_model(path, known=self._is_unreadable(path))
+                withdraw_model(path, known=self._is_known(path))
         except OSError as error:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
         else:
@@ -57,13 +60,17 @@ class Withdrawals:
         self._withdrawn[path] = ours
 
     def _is_ours(self, path: Path, checkpoint: str) -> bool:
-        if is_model_of(path, Path(checkpoint)):
-            return True
-        return self._is_unreadable(path)
+        # A disk may fail once; what is there and says nothing of itself is asked twice.
+        return self._is_known(path) or any(
+            is_model_of(path, Path(checkpoint)) for _ in range(2 if path.exists() else 1)
+        )
 
-    def _is_unreadable(self, path: Path) -> bool:
-        """Tell whether a model of this run is there and cannot be asked whose it is."""
-        return path in self._published and _cannot_be_read(path)
+    def _is_known(self, path: Path) -> bool:
+        """Tell, without reading it, whether a file is the one that this run has published."""
+        try:
+            return path in self._published and self._published[path] == identity_of(path)
+        except OSError:
+            return False
 
     def forget(self, path: Path) -> bool | None:
         """Tell whether a model was withdrawn that was of its checkpoint, for the last time.
@@ -97,17 +104,6 @@ class Withdrawals:
                 logger.debug("%s stays still", path, exc_info=True)
 
     def _remove(self, path: Path) -> None:
-        remove_model(path, known=self._is_unreadable(path))
-        self._published.discard(path)
+        remove_model(path, known=self._is_known(path))
+        self._published.pop(path, None)
         self._stale.discard(path)
-
-
-def _cannot_be_read(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

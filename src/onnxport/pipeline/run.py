@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from onnxport._files import sync
-from onnxport.errors import ExportError, OnnxportError, VerificationError, WorkerError
+from onnxport.errors import (
+    ExportError,
+    OnnxportError,
+    PublishError,
+    VerificationError,
+    WorkerError,
+)
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
@@ -19,6 +26,7 @@ from onnxport.exporter.target import target_text
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
+    STAGING,
     publish,
     require_replaceable,
     staging,
@@ -345,17 +353,22 @@ def _reported(report: ExportReport, job: ExportJob) -> ExportReport:
 
 
 def _failed(draft: ExportReport, error: BaseException) -> ExportReport:
-    """Return the report of a failure; too little memory is none of the module."""
+    """Return the report of a failure; too little memory, or a bad disk, is none of the module."""
     report = draft.failed(error)
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     tried = [attempt.reason for attempt in draft.attempts]
-    if any(isinstance(each, MemoryError) for each in chain) or any(
-        "MemoryError" in t for t in tried
-    ):
+    tried += [f"{type(each).__name__}: {each}" for each in chain]
+    if any("MemoryError" in text for text in tried):
         return replace(report, code=WorkerError.code)
+    if any(_OF_THE_DISK.search(text) for text in tried):
+        return replace(report, code=PublishError.code)
     return report
+
+
+_OF_THE_DISK = re.compile(rf"\[Errno \d+\] .*/{re.escape(STAGING)}", re.DOTALL)
+"""An error of the system about a file in a folder where a model is made."""
 
 
 @contextmanager

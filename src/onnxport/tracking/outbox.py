@@ -370,6 +370,7 @@ class ProcessOutbox(_Noted):
                 entry.asked = True
                 record = message["record"]
                 if not message["left"]:
+                    self._starts = 0  # it works: only deaths in a row are too many
                     del self._entries[Path(message["job"])]
             elif entry is not None and not message["token"]:  # another process has done it
                 del self._entries[Path(message["job"])]
