@@ -436,7 +436,8 @@ def _files_of_ours(path: Path, *, known: bool = False) -> list[Path]:
     if known:
         return [report, *model_files(path)]
     reported = is_our_report(report)
-    ours = is_ours(path) or (reported and not path.exists())
+    # A disk may fail once: what says nothing of itself is asked again.
+    ours = is_ours(path) or is_ours(path) or (reported and not path.exists())
     return [*([report] if reported else []), *(model_files(path) if ours else ())]
 
 
