@@ -29,6 +29,7 @@ PUBLIC = [
     "Tolerance",
     "TrackingError",
     "TrackingRecord",
+    "UnsafeFileError",
     "VerificationError",
     "Verify",
     "WorkerError",
