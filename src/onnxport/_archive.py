@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["require_archive"]
 
-MOST_PICKLED = 1 << 28
-"""Bytes of what an archive holds beside tensors: 256 MiB tell of a million of them."""
-
 
 def require_archive(path: Path, most_bytes: int | None = None) -> None:
     """Refuse what ``torch.save`` does not write, and what would take far more memory than disk.
@@ -21,12 +18,12 @@ def require_archive(path: Path, most_bytes: int | None = None) -> None:
 
     Args:
         path: The file.
-        most_bytes: How large it may be; ``None``: as it is, if tensors are all that is large in it.
+        most_bytes: How large it may be; ``None``: as it is.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is another file, is too large, or has parts that are packed, lie in one
-            another, or are too large.
+        ValueError: If it is another file, is too large, or has parts that are packed or lie in one
+            another.
     """
     size = path.stat().st_size
     if most_bytes is not None and size > most_bytes:
@@ -41,5 +38,3 @@ def require_archive(path: Path, most_bytes: int | None = None) -> None:
         raise ValueError("its parts are packed")
     if sum(part.file_size for part in parts) > size:
         raise ValueError("its parts are larger than the file")
-    if any(part.file_size > MOST_PICKLED for part in parts if part.filename.endswith(".pkl")):
-        raise ValueError(f"what it holds beside tensors is larger than {MOST_PICKLED >> 20} MiB")

@@ -29,6 +29,7 @@ __all__ = [
     "ending_of",
     "hidden_below",
     "identity_of",
+    "is_there",
     "read_small",
     "replace_content",
     "require_inside",
@@ -84,6 +85,14 @@ def read_small(path: Path) -> bytes:
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB")
     return content
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether something has this name; a disk that does not say counts as no.
+
+    ``Path.exists`` raises what a disk says, a stale handle of a network file system for instance.
+    """
+    return os.path.exists(path)  # noqa: PTH110 - see above
 
 
 def require_inside(file: Path) -> None:

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from faults.catalogue import Site
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ESTALE)
-OPERATIONS = ("mkdir", "create", "write", "sync", "rename", "unlink", "open", "read")
+OPERATIONS = (
+    *("mkdir", "create", "write", "sync", "rename", "unlink", "open", "read"),
+    *("getattr", "readdir"),  # a handle that is stale, a folder that may not be entered any more
+)
 STAGES = {
+    "getattr": 80,
+    "readdir": 12,
     "mkdir": 4,
     "create": 12,
     "write": 60,

@@ -63,6 +63,8 @@ class Refuses(Callback):
 
     def _judge(self) -> None:
         kept = self.disk.kept / "c"
+        if not kept.is_dir():  # models are elsewhere than checkpoints
+            return
         with torch.random.fork_rng():  # judging draws numbers
             self.found.append(wrong_models(kept, kept))
 
@@ -144,3 +146,23 @@ def test_a_disk_that_fails_where_a_model_is_made_is_no_verdict(
         run = train(disk.folder / "c", export, refuses, steps=8)
     assert refuses.fired
     assert {report.code for report in run.reports if not report.ok} == {"OX500"}
+
+
+@pytest.mark.worker
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("operation", ["getattr", "readdir"])
+def test_a_folder_that_cannot_be_looked_at_does_not_end_training(
+    operation: str, background: bool, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+        rule = Rule(operations=(operation,), match="models*", times=-1, error=errno.ESTALE)
+        refuses = Refuses(disk, (rule,), (3, END))
+        export = OnnxExport(core="trace", mlflow=False, background=background, dirpath=models)
+        run = train(checkpoints, export, refuses, steps=8)
+    assert refuses.fired
+    assert run.error is None
+    assert tuple(run.losses) == undisturbed(8)
+    reported = {report.checkpoint for report in run.reports}
+    assert {str(path) for path in checkpoints.glob("*.ckpt")} <= reported

@@ -115,6 +115,22 @@ def test_what_a_model_may_not_refer_to(place: dict[str, str], why: str, folder: 
         require_confined(path)
 
 
+def test_a_place_that_is_named_twice_is_refused(folder: Path) -> None:
+    found = tensor(location="../secret")
+    found.external_data.add(key="location", value="w.data")
+    path = folder / "m.onnx"
+    path.write_bytes(model_with(found).SerializeToString())
+    with pytest.raises(UnsafeFileError, match="twice"):
+        require_confined(path)
+
+
+def test_what_a_checkpoint_holds_beside_tensors_may_be_large(tmp_path: Path) -> None:
+    path = tmp_path / "m.ckpt"
+    weights = torch.ones(3)
+    torch.save({"state_dict": {"w": weights}, "data": np.zeros(1 << 26)}, path)
+    assert torch.equal(read_state_dict(path)["w"], weights)
+
+
 @pytest.mark.parametrize(
     "place",
     [

@@ -24,6 +24,7 @@ from onnxport._files import (
     Ticket,
     ending_of,
     hidden_below,
+    is_there,
     replace_content,
     sweep_begun,
 )
@@ -162,7 +163,7 @@ def ticket(model: Path) -> Ticket | None:
 
 def is_owed(model: Path) -> bool:
     """Tell whether a model is noted as owed."""
-    return _marker(model).exists()
+    return is_there(_marker(model))
 
 
 def settle(model: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxport._files import is_there
 from onnxport.callbacks.remote import is_remote
 from onnxport.exporter.ownership import read_metadata
 from onnxport.pipeline.report_files import read_report
@@ -87,7 +88,7 @@ class ModelPaths:
         if checkpoint not in self._known:
             path = model_path(checkpoint, self._dirpath, self._roots)
             rivals = [other for other, known in self._known.items() if known == path]
-            if any(Path(other).exists() for other in rivals):
+            if any(is_there(Path(other)) for other in rivals):
                 path = path.with_name(f"{path.stem}-{_digest(Path(checkpoint))}{path.suffix}")
             self._known[checkpoint] = path
         return self._known[checkpoint]
@@ -116,6 +117,6 @@ def _is_taken(model: Path, checkpoint: Path) -> bool:
     return (
         report is not None
         and report.checkpoint is not None
-        and Path(report.checkpoint).exists()
+        and is_there(Path(report.checkpoint))
         and not is_model_of(model, checkpoint)
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport._events import event
+from onnxport._files import is_there
 from onnxport._signals import is_of_handler
 from onnxport._torch_compat import plain_name
 from onnxport.api import read_examples
@@ -426,7 +427,7 @@ class ExportSession:
             path: The model; files that are none of ours stay.
             checkpoint: The checkpoint.
         """
-        if not self._is_elsewhere(path) and (path.exists() or is_owed(path)):
+        if not self._is_elsewhere(path) and (is_there(path) or is_owed(path)):
             self._withdraw(path, checkpoint)
 
     def _withdraw(self, path: Path, checkpoint: str) -> None:

@@ -46,12 +46,15 @@ class Withdrawals:
         ours = False
         self._stale.discard(path)
         try:
-            ours = self._is_ours(path, checkpoint)
+            known = self._is_known(path)
+            # A disk may fail once; what is there and says nothing of itself is asked twice.
+            tries = 2 if path.exists() else 1
+            ours = known or any(is_model_of(path, Path(checkpoint)) for _ in range(tries))
             if ours or not path.exists():
                 note_anew(path, self._name, checkpoint)
                 withdraw_staged(path)
             if ours:
-                withdraw_model(path, known=self._is_known(path))
+                withdraw_model(path, known=known)
         except OSError as error:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
         else:
@@ -59,16 +62,10 @@ class Withdrawals:
                 event("model.withdrawn", model=path, checkpoint=checkpoint)
         self._withdrawn[path] = ours
 
-    def _is_ours(self, path: Path, checkpoint: str) -> bool:
-        # A disk may fail once; what is there and says nothing of itself is asked twice.
-        return self._is_known(path) or any(
-            is_model_of(path, Path(checkpoint)) for _ in range(2 if path.exists() else 1)
-        )
-
     def _is_known(self, path: Path) -> bool:
         """Tell, without reading it, whether a file is the one that this run has published."""
         try:
-            return path in self._published and self._published[path] == identity_of(path)
+            return self._published.get(path) == identity_of(path)
         except OSError:
             return False
 

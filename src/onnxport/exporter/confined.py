@@ -39,7 +39,11 @@ def require_confined(path: Path) -> None:
     within_functions = onnx.GraphProto(node=nodes)
     for tensor in tensors_in((model.graph, within_functions)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _require_place(path, {entry.key: entry.value for entry in tensor.external_data})
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if len(place) != len(tensor.external_data):  # readers differ in which one they take
+                why = "and names that place twice"
+                raise UnsafeFileError(_refers(path, place.get("location", ""), why))
+            _require_place(path, place)
 
 
 def _require_place(model: Path, place: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ def save_report(report: ExportReport, path: Path) -> None:
     """Write the report beside the model; a disk that does not take it is logged."""
     try:
         write_report(report, path)
-    except OnnxportError as error:
+    except (OnnxportError, OSError) as error:
         logger.warning("The report of %s was not written: %s", path, error)
 
 

@@ -360,7 +360,8 @@ class OnnxExport(metaclass=FrameworkAware):
         self._ended = True
         best = best_checkpoint(trainer)
         for name, session in self._sessions.items():
-            session.finish(None if best is None else self._model_path(best, name))
+            with _never_raises("the end of training"):
+                session.finish(None if best is None else self._model_path(best, name))
         self._finish_tracking(end - time.monotonic())
         self._raise_failure(trainer)
 
@@ -377,7 +378,8 @@ class OnnxExport(metaclass=FrameworkAware):
         if self._sessions:
             self._mirror_links(trainer)
         for session in self._sessions.values():
-            session.finish()
+            with _never_raises("the end of training by an error"):
+                session.finish()
         self._finish_tracking(end - time.monotonic())
 
     def _drain(self, trainer: Any, limit_s: float) -> None:
@@ -535,9 +537,10 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _on_removed(self, path: str) -> None:
         for name, session in self._sessions.items():
-            model = self._model_path(path, name)
-            if not remove_link(model):
-                session.removed(model, path)
+            with _never_raises(f"the removal of {path}"):
+                model = self._model_path(path, name)
+                if not remove_link(model):
+                    session.removed(model, path)
 
     def _save(
         self,
