@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from faults.ground import Net, train, workers_of
+from faults.workers import in_worker
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import onnxport
-from onnxport import Background
+from onnxport import Background, OnnxExport
 from onnxport.callbacks.runner import _copied
 from onnxport.config import ExportOptions
 from onnxport.errors import WorkerError
@@ -246,3 +252,66 @@ def test_deaths_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
     assert worker.wait("s", 120.0) == []
     assert [result.report.ok for result in results] == [True]
     worker.close()
+
+
+class Mortal(Net):
+    """Ends the worker the first time that it is traced in it, if the file says so.
+
+    Args:
+        ends: A file; its line for each worker process, in order, says ``0`` or ``1``.
+    """
+
+    def __init__(self, ends: Path) -> None:
+        super().__init__()
+        self.ends, self.met = str(ends), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if in_worker() and torch.jit.is_tracing() and not self.met:
+            self.met = True
+            now, *later = Path(self.ends).read_text().split() or ["0"]
+            Path(self.ends).write_text("\n".join(later))
+            if now == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+class EndsIdleWorker(Callback):
+    """Ends the worker once the models of the first checkpoint are there."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step != 2 or self.ended:
+            return
+        export = next(each for each in trainer.callbacks if isinstance(each, OnnxExport))
+        end = time.monotonic() + 60.0
+        while len(export.reports) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+        for worker in workers_of():
+            os.kill(worker, signal.SIGKILL)
+            self.ended += 1
+
+
+def trained(tmp_path: Path, ends: str, *callbacks: Callback) -> Any:
+    file = tmp_path / "ends"
+    file.write_text(ends)
+    export = OnnxExport(core="trace", mlflow=False, background=Background(drain_s=120.0))
+    run = train(tmp_path / "c", export, *callbacks, steps=8, make=partial(Mortal, file))
+    assert run.error is None
+    assert file.read_text() == ""
+    return run
+
+
+def test_a_core_that_has_made_a_model_is_not_given_up_when_the_worker_dies(tmp_path: Path) -> None:
+    ends = EndsIdleWorker()
+    run = trained(tmp_path, "0 1 1", ends)
+    assert ends.ended == 1
+    assert [report.error for report in run.reports if not report.ok] == []
+
+
+def test_what_was_not_tried_any_more_is_named(tmp_path: Path) -> None:
+    run = trained(tmp_path, "1 1")
+    assert {report.code for report in run.reports} == {"OX600"}
+    for report in run.reports:
+        assert "The worker process has ended in trace, which was not tried again" in report.error

@@ -129,6 +129,7 @@ class Worker:
         self._open: set[str] = set()
         self._preload: set[str] = set()
         self._deadly: Counter[tuple[str, str]] = Counter()
+        self._proven: set[tuple[str, str]] = set()
         self._closing = False
         self._disk = threading.Lock()
 
@@ -373,7 +374,8 @@ class Worker:
         """Send an order and wait for its result.
 
         Raises:
-            WorkerError: If the worker dies or hangs; the rung it was at is skipped from then on.
+            WorkerError: If the worker dies or hangs; the rung it was at is skipped from then on, if
+                it has never made a model.
         """
         process = self._process = self._process or WorkerProcess(
             self._options, sorted(self._preload)
@@ -400,23 +402,30 @@ class Worker:
                 message = process.receive(self._options.stage_timeout_s)
                 if isinstance(message, Done) and message.number == job.number:
                     self._deaths = 0
-                    return _without_some(message) if skip else message
+                    if rung is not None and message.report is not None and message.report.ok:
+                        self._proven.add((job.session, rung))
+                    return _without_some(message, skip)
                 if isinstance(message, StageBegun):
                     order.stage = message.stage
                     rung = message.rung if message.stage == "export" else rung
         except WorkerError:
-            if rung is not None and not order.dropped:
+            # A rung that has made a model is not what ends the worker: somebody else does.
+            known = (job.session, rung) in self._proven
+            if rung is not None and not known and not order.dropped:
                 order.job = replace(job, skip=job.skip | {rung})
                 self._deadly[job.session, rung] += 1
             raise
 
 
-def _without_some(done: Done) -> Done:
+def _without_some(done: Done, skip: frozenset[str]) -> Done:
     """Say of a failure that rungs were left out: the worker's end is its reason, too."""
     report = done.report
-    if report is None or report.ok:
+    if report is None or report.ok or not skip:
         return done
-    return replace(done, report=replace(report, code=WorkerError.code))
+    names = ", ".join(sorted(rung.rstrip("/") for rung in skip))
+    ended = f"The worker process has ended in {names}, which was not tried again."
+    error = f"{report.error} {ended}".replace("  ", " ")
+    return replace(done, report=replace(report, error=error, code=WorkerError.code))
 
 
 _WORKERS: dict[tuple[Background, int], Worker] = {}
