@@ -206,7 +206,10 @@ def _script(
 
 def _load(trouble: str) -> str:
     if not trouble:
-        return f'return torch.load(HERE / "{MODULE}", weights_only=False)'
+        return (
+            "# This runs code that is in the file: do it only if you know who has made it.\n"
+            f'    return torch.load(HERE / "{MODULE}", weights_only=False)'
+        )
     return (
         f"# The module was not saved: {trouble}.\n"
         f'    raise NotImplementedError("build the module in load_module()")  # {BUILD_HERE}'

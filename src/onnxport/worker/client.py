@@ -410,8 +410,8 @@ class Worker:
                     rung = message.rung if message.stage == "export" else rung
         except WorkerError:
             # A rung that has made a model is not what ends the worker: somebody else does.
-            known = (job.session, rung) in self._proven
-            if rung is not None and not known and not order.dropped:
+            innocent = (job.session, rung) in self._proven
+            if rung is not None and not innocent and not order.dropped:
                 order.job = replace(job, skip=job.skip | {rung})
                 self._deadly[job.session, rung] += 1
             raise
