@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,6 @@ from onnxport.exporter.target import target_text
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
 from onnxport.exporter.writer import (
-    STAGING,
     publish,
     require_replaceable,
     staging,
@@ -112,10 +110,10 @@ class Pipeline:
                 error.add_note(attempt.reason)
             raise
         except OnnxportError as error:
-            report = _failed(draft, error)
+            report = _failed(draft, error, job)
         except Exception as error:  # user code runs in here; the error is reported, see below
             logger.exception("Exporting %s failed unexpectedly", job.path)
-            report = _failed(draft, error)
+            report = _failed(draft, error, job)
         seconds = {key: round(value, 4) for key, value in watch.seconds.items()}
         report = replace(report, seconds=seconds)
         if not job.publish:
@@ -237,7 +235,8 @@ class Pipeline:
                 _publish(job, staged, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
-        return _failed(draft, ExportError(_no_core(draft) + self._reproduce(job, plan, failures)))
+        error = ExportError(_no_core(draft) + self._reproduce(job, plan, failures))
+        return _failed(draft, error, job)
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
         """Write what repeats the failure, once per run: it holds the module's weights."""
@@ -352,7 +351,7 @@ def _reported(report: ExportReport, job: ExportJob) -> ExportReport:
     return report
 
 
-def _failed(draft: ExportReport, error: BaseException) -> ExportReport:
+def _failed(draft: ExportReport, error: BaseException, job: ExportJob) -> ExportReport:
     """Return the report of a failure; too little memory, or a bad disk, is none of the module."""
     report = draft.failed(error)
     chain: list[BaseException] = [error]
@@ -362,13 +361,10 @@ def _failed(draft: ExportReport, error: BaseException) -> ExportReport:
     tried += [f"{type(each).__name__}: {each}" for each in chain]
     if any("MemoryError" in text for text in tried):
         return replace(report, code=WorkerError.code)
-    if any(_OF_THE_DISK.search(text) for text in tried):
+    folder = str(job.path.parent)  # also of what is staged
+    if any("[Errno " in text and folder in text for text in tried):
         return replace(report, code=PublishError.code)
     return report
-
-
-_OF_THE_DISK = re.compile(rf"\[Errno \d+\] .*/{re.escape(STAGING)}", re.DOTALL)
-"""An error of the system about a file in a folder where a model is made."""
 
 
 @contextmanager
