@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from faults.ground import Net, train, workers_of
+from faults.ground import EVERY, Net, train, workers_of
 from faults.workers import in_worker
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -275,38 +275,43 @@ class Mortal(Net):
         return super().forward(x)
 
 
-class EndsIdleWorker(Callback):
-    """Ends the worker once the models of the first checkpoint are there."""
+class WaitsForModels(Callback):
+    """Trains on once there are reports of both models of a checkpoint: none is dropped.
 
-    def __init__(self) -> None:
-        self.ended = 0
+    Args:
+        export: Makes them.
+        ends: After the first checkpoint, the idle worker is ended.
+    """
+
+    def __init__(self, export: OnnxExport, *, ends: bool) -> None:
+        self.export, self.ends, self.ended = export, ends, 0
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step != 2 or self.ended:
-            return
-        export = next(each for each in trainer.callbacks if isinstance(each, OnnxExport))
         end = time.monotonic() + 60.0
-        while len(export.reports) < 2 and time.monotonic() < end:
+        saved = trainer.global_step // EVERY * 2
+        while len(self.export.reports) < saved and time.monotonic() < end:
             time.sleep(0.02)
-        for worker in workers_of():
-            os.kill(worker, signal.SIGKILL)
-            self.ended += 1
+        if self.ends and trainer.global_step == EVERY and not self.ended:
+            for worker in workers_of():
+                os.kill(worker, signal.SIGKILL)
+                self.ended += 1
 
 
-def trained(tmp_path: Path, ends: str, *callbacks: Callback) -> Any:
+def trained(tmp_path: Path, ends: str, *, idle_too: bool = False) -> Any:
     file = tmp_path / "ends"
     file.write_text(ends)
-    export = OnnxExport(core="trace", mlflow=False, background=Background(drain_s=120.0))
-    run = train(tmp_path / "c", export, *callbacks, steps=8, make=partial(Mortal, file))
+    background = Background(drain_s=120.0)
+    export = OnnxExport(core="trace", mlflow=False, background=background, preflight=False)
+    waits = WaitsForModels(export, ends=idle_too)
+    run = train(tmp_path / "c", export, waits, steps=8, make=partial(Mortal, file))
     assert run.error is None
     assert file.read_text() == ""
+    assert waits.ended == idle_too
     return run
 
 
 def test_a_core_that_has_made_a_model_is_not_given_up_when_the_worker_dies(tmp_path: Path) -> None:
-    ends = EndsIdleWorker()
-    run = trained(tmp_path, "0 1 1", ends)
-    assert ends.ended == 1
+    run = trained(tmp_path, "0 1", idle_too=True)
     assert [report.error for report in run.reports if not report.ok] == []
 
 
