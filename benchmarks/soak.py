@@ -393,7 +393,7 @@ def figures(trainer: int, kept: Path) -> dict[str, int]:
         found[f"workers_{name}"] = sum(_figures(worker).get(name, 0) for worker in workers)
     found["workers"] = len(workers)
     found["files"] = sum(1 for _ in kept.rglob("*"))
-    found["shared"] = sum(1 for _ in Path("/dev/shm").iterdir())  # noqa: S108 - what is there
+    found["shared"] = _shared_memory({trainer, *workers})
     return found
 
 
@@ -408,6 +408,18 @@ def _figures(process: int) -> dict[str, int]:
             "threads": int(status["Threads"]),
         }
     return {}
+
+
+def _shared_memory(processes: set[int]) -> int:
+    """Count what these processes hold of shared memory, with a name or without one."""
+    held = set()
+    for process in processes:
+        with suppress(OSError):
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                _, _, _, _, inode, *name = line.split(maxsplit=5)
+                if name and name[0].startswith(("/dev/shm/", "/memfd:")):  # noqa: S108
+                    held.add(inode)
+    return len(held)
 
 
 # --- the whole ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ MEASURED = {
     "workers_kib": "memory of worker and courier, KiB",
     "workers_descriptors": "their descriptors",
     "files": "files and folders beside the checkpoints",
-    "shared": "files in shared memory",
+    "shared": "blocks of shared memory that they hold",
 }
 
 

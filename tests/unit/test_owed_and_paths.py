@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.callbacks.kept import KeptReports
 from onnxport.callbacks.owed import note, note_anew, owed, settle, sweep, ticket, used_below
 from onnxport.callbacks.paths import ModelPaths
-from onnxport.report import AxisEvidence, ExportReport, Provenance
+from onnxport.report import AxisEvidence, Check, ExportReport, OutputError, Provenance
 
 if TYPE_CHECKING:
     import pytest
@@ -142,3 +143,33 @@ def test_reports_stand_in_the_order_of_their_checkpoints(
     assert caplog.text.count("No ONNX model for the final weights: no") == 1
     assert caplog.text.count("No ONNX model for the final weights, as before.") == 2
     assert said == []
+
+
+def test_reports_share_what_is_the_same_and_say_what_each_says() -> None:
+    def told(step: int, error: float) -> ExportReport:
+        output = OutputError(name="scores" * 2, max_abs_error=error, budget=1e-5, ok=True)
+        check = Check(
+            provider="CPU" * 3,
+            sizes={"batch": 40000},
+            rows="real",
+            reference="float64",
+            outputs=(output, replace(output, name="more" * 2, max_abs_error=1e-9)),
+            ok=True,
+            seconds=step * 1e-3,
+        )
+        report = ExportReport(
+            ok=True, global_step=step, metrics={"loss": 0.0 if step else -0.0}, checks=(check,)
+        )
+        return ExportReport.from_json(report.to_json())
+
+    kept = KeptReports(lambda _: None)
+    said = [told(0, 1e-6), told(1, 2e-6), told(2, 2e-6)]
+    for report in said:
+        kept.keep(report, {}, kept.next_place())
+    assert [report.to_json() for report in kept.reports] == [each.to_json() for each in said]
+    checks = [report.checks[0] for report in kept.reports]
+    assert len({id(check.sizes) for check in checks}) == 1
+    assert len({id(check.provider) for check in checks}) == 1
+    assert checks[0].outputs[1] is checks[2].outputs[1]
+    assert checks[1].outputs is checks[2].outputs
+    assert len({id(report.metrics) for report in kept.reports}) == 2

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from operator import is_
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxport._events import event
 from onnxport.errors import ExportError
@@ -64,8 +65,10 @@ class KeptReports:
             place: As :meth:`next_place` gave it.
         """
         times = report.seconds | {name: round(value, 4) for name, value in seconds.items()}
-        report = self._slim(replace(report, seconds=times))
+        report = replace(report, seconds=times)
         with self._lock:
+            if self.reports:  # a long run has thousands of them
+                report = _shared(report, self.reports[-1])
             index = bisect(self._places, place)
             self._places.insert(index, place)
             self.reports.insert(index, report)
@@ -120,18 +123,6 @@ class KeptReports:
         self._is_down = bool(record.missing)
         return report
 
-    def _slim(self, report: ExportReport) -> ExportReport:
-        """Share with the report before it what is the same: a long run has thousands of them."""
-        if not self.reports:
-            return report
-        last = self.reports[-1]
-        shared = {
-            name: getattr(last, name)
-            for name in ("inputs", "outputs", "evidence", "warnings")
-            if getattr(last, name) == getattr(report, name)
-        }
-        return replace(report, **shared)
-
     def take_failure(self) -> ExportError | None:
         """Return the first failure that was not taken yet."""
         failure, self._failure = self._failure, None
@@ -143,6 +134,26 @@ class KeptReports:
             if warning not in self._told:
                 self._told.add(warning)
                 logger.warning("%s: %s", Path(report.path or "dry run").name, warning)
+
+
+def _shared(now: Any, last: Any) -> Any:
+    """Return the same value, with the objects of another one wherever the two are the same."""
+    if type(now) is not type(last):
+        return now
+    if is_dataclass(now):
+        names = [each.name for each in fields(now)]
+        parts = {name: _shared(getattr(now, name), getattr(last, name)) for name in names}
+        same = all(part is getattr(last, name) for name, part in parts.items())
+        return last if same else replace(now, **parts)
+    if isinstance(now, dict) and list(now) == list(last):
+        values = {name: _shared(value, last[name]) for name, value in now.items()}
+        same = all(value is last[name] for name, value in values.items())
+        return last if same else dict(zip(last, values.values(), strict=True))
+    if isinstance(now, tuple) and len(now) == len(last):
+        items = tuple(map(_shared, now, last))
+        return last if all(map(is_, items, last)) else items
+    # Not by equality alone: 0.0 is equal to -0.0, and neither is what the other report says.
+    return last if repr(now) == repr(last) else now
 
 
 def _log(report: ExportReport) -> None:
