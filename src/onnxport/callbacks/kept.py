@@ -140,7 +140,7 @@ def _shared(now: Any, last: Any) -> Any:
     """Return the same value, with the objects of another one wherever the two are the same."""
     if type(now) is not type(last):
         return now
-    if is_dataclass(now):
+    if is_dataclass(now) and not isinstance(now, type):
         names = [each.name for each in fields(now)]
         parts = {name: _shared(getattr(now, name), getattr(last, name)) for name in names}
         same = all(part is getattr(last, name) for name, part in parts.items())
