@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,9 +188,17 @@ def _is_signalled(site: Site, number: int, stage: str) -> Outcome:
     with signalled(site, number, stage, fired):
         run = site.train()
     outcome = site.judge(run, "; ".join(fired))
-    if len(workers_of()) > 1:
-        outcome.problems.append("there are two workers")
+    if len(found := workers_of()) > 1:
+        outcome.problems.append(f"there are {len(found)} workers: {', '.join(map(_about, found))}")
     return outcome
+
+
+def _about(pid: int) -> str:
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"{pid} {b' '.join(words).decode()} ({state})"
+    return f"{pid}, which is gone"
 
 
 _LOST = "the model of a core that ends the worker twice; other cores are tried"

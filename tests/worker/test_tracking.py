@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import zoo
+from faults.disk import Rule, mounted, why_not
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
@@ -21,6 +25,7 @@ from servers import bad_server, free_port
 
 from onnxport import Background, MLflow, OnnxExport
 from onnxport.pipeline.report_files import read_report
+from onnxport.tracking import outbox
 from onnxport.tracking.job import jobs_in
 from onnxport.tracking.outbox import ProcessOutbox
 
@@ -189,21 +194,121 @@ def test_a_process_that_does_not_start_ends_no_training(
     assert len(list(jobs_in([tmp_path]))) >= len(kept)
 
 
-def test_a_process_that_dies_again_and_again_is_given_up(store: str, tmp_path: Path) -> None:
+class Kill(Callback):
+    """Kills the process that speaks to the server, whenever there is one, until a step."""
+
+    def __init__(self, export: OnnxExport, until: int) -> None:
+        self.export, self.until = export, until
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        process = self.export._outbox._process
+        if process is not None and trainer.global_step < self.until:
+            process.kill()
+            time.sleep(0.3)
+
+
+def test_a_process_that_dies_again_and_again_is_left_alone(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    start = subprocess.Popen
+
+    def dying(command: Any, *args: Any, **options: Any) -> Any:
+        if "onnxport.tracking.server" in command:
+            begun.append(command)
+            command = ["/bin/false"]
+        return start(command, *args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", dying)
     export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
-
-    class Kill(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            process = export._outbox._process
-            if process is not None:
-                process.kill()
-                time.sleep(0.3)
-
-    start = time.monotonic()
-    fit(tmp_path, export, Kill())
-    assert time.monotonic() - start < OPTIONS.drain_s
+    before = time.monotonic()
+    fit(tmp_path, export)
+    assert time.monotonic() - before < OPTIONS.drain_s
     kept = [report for report in export.reports if Path(str(report.path)).exists()]
     assert all("died too often" in report.tracking.missing for report in kept)
+    assert len(begun) == 2 * outbox.MAX_STARTS  # once more at the end
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_has_died_too_often_is_tried_at_the_end(store: str, tmp_path: Path) -> None:
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+    fit(tmp_path, export, Kill(export, until=100))
+    kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert [report.tracking.missing for report in kept] == ["", ""]
+    assert list(jobs_in([tmp_path])) == []
+
+
+class Listens(Callback):
+    """Waits at the end of training, before anybody says that it is the end, for what is told."""
+
+    def __init__(self, export: OnnxExport) -> None:
+        self.export, self.told = export, False
+
+    def on_train_epoch_end(self, trainer: Any, _: Any) -> None:
+        if trainer.current_epoch == 3:
+            end = time.monotonic() + 60.0
+            while time.monotonic() < end and not self.told:
+                time.sleep(0.05)
+                reports = self.export.reports
+                self.told = any(r.tracking and not r.tracking.missing for r in reports)
+
+
+def test_a_process_that_has_died_too_often_is_started_again_after_a_rest(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "REST_S", 0.1)
+    export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+    listens = Listens(export)
+    fit(tmp_path, export, Kill(export, until=6), listens, epochs=4)
+    assert listens.told
+    assert list(jobs_in([tmp_path])) == []
+
+
+@pytest.mark.skipif(why_not() != "", reason=why_not())
+@pytest.mark.parametrize("operation", ["read", "getattr"])
+def test_a_note_that_the_disk_does_not_give_is_carried_out_later(
+    operation: str, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onnxport.events")
+    with mounted(tmp_path) as disk:
+        export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+        disk.fail(Rule(operations=(operation,), match="*.tracking", times=2, error=errno.EIO))
+        fit(disk.folder, export)
+        assert len(disk.fired) == 2
+        kept = [report for report in export.reports if Path(str(report.path)).exists()]
+        assert [report.tracking.missing for report in kept] == ["", ""]
+        assert list(jobs_in([disk.kept])) == []
+    assert caplog.text.count("courier.started") == 1
+
+
+def test_an_end_that_is_noticed_late_starts_no_second_process(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onnxport.events")
+    late, may_go_on = threading.Event(), threading.Event()
+
+    class Late(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "courier.ended" in record.getMessage() and not late.is_set():
+                late.set()
+                may_go_on.wait(60.0)
+
+    handler = Late()
+    logging.getLogger("onnxport.events").addHandler(handler)
+    try:
+        export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
+        trainer = zoo.trainer(tmp_path, export, epochs=1)
+        trainer.fit(Scored(), zoo.loader(), zoo.loader(shuffle=False))
+        assert late.wait(60.0)
+        trainer.save_checkpoint(tmp_path / "after.ckpt")  # begins anew, and ends
+        process = export._outbox._process
+        may_go_on.set()
+        time.sleep(0.5)
+        assert export._outbox._process is process
+    finally:
+        may_go_on.set()
+        logging.getLogger("onnxport.events").removeHandler(handler)
+    assert caplog.text.count("courier.started") == 2
 
 
 @pytest.mark.exhaustive

@@ -49,7 +49,8 @@ class Carried:
     """What came of a job.
 
     Args:
-        token: Of the job; ``""``: there was none, or another process has it.
+        token: Of the job; ``""``: there was none, another process has it, or (where it is left) it
+            cannot be read now.
         record: What the server holds now, with ``missing`` if it could not be done; ``None`` for a
             model that was removed.
         left: Whether it is still to be done.
@@ -81,6 +82,15 @@ class Courier:
             uri: The address of its server with the password, if it has one; ``None``: see
                 :func:`with_password`.
         """
+        try:
+            return self._carry_out(path, uri)
+        except OSError as error:  # of the disk of the job, now; what was done is found done
+            logger.debug("%s cannot be read or removed", path, exc_info=True)
+            server = without_password(uri or "")
+            text = f"the note of what {server} should hold fails: {error.strerror or error}"
+            return Carried("", TrackingRecord(uri=server, missing=text), left=True)
+
+    def _carry_out(self, path: Path, uri: str | None) -> Carried:
         file = _locked(path)
         if file is None:
             return Carried()
@@ -146,10 +156,13 @@ def _locked(path: Path) -> io.BufferedReader | None:
 
     Where the system has no such locks (Windows), two processes may do the same work; each step of
     it looks before it creates.
+
+    Raises:
+        OSError: If the disk does not let it be read.
     """
     try:
         file = path.open("rb")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         import fcntl
@@ -157,9 +170,11 @@ def _locked(path: Path) -> io.BufferedReader | None:
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         return None
+    except OSError:  # some network disks have no locks either
+        logger.debug("%s is not locked", path, exc_info=True)
     return file
 
 

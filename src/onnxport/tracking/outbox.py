@@ -36,7 +36,9 @@ __all__ = ["InlineOutbox", "Outbox", "ProcessOutbox", "Unavailable"]
 logger = logging.getLogger(__name__)
 
 MAX_STARTS = 3
-"""How often the process is started when it dies."""
+"""How often the process is started when it dies and has done nothing meanwhile."""
+REST_S = 60.0
+"""When it is started again after that, and not before: each start takes seconds of a core."""
 PAUSE_S = 0.2
 """How often a waiting trainer looks, in seconds."""
 END_LIMIT_S = 2.0
@@ -99,18 +101,36 @@ class _Noted:
     def __init__(self, address: RunAddress) -> None:
         self._address = address
         self._entries: dict[Path, _Entry] = {}
+        self._unnoted: dict[Path, tuple[Job, Told]] = {}
 
-    def _note(self, job: Job, told: Told) -> Path | None:
-        """Write a job down; a disk that refuses is said in its record."""
+    def _note(self, job: Job, told: Told) -> list[Path]:
+        """Write a job down, and what could not be before; return what was.
+
+        A disk that refuses is said in the record.
+        """
+        self._unnoted.pop(job.model, None)
         try:
             path = save_job(job)
         except OSError as error:
             uri = without_password(job.address.uri)
             text = f"it could not be noted beside {job.model}: {error.strerror or error}"
+            late = self._note_late()
+            self._unnoted[job.model] = (job, told)
             told(TrackingRecord(uri=uri, missing=text))
-            return None
+            return late
         self._entries[path] = _Entry(job, told)
-        return path
+        return [path, *self._note_late()]
+
+    def _note_late(self) -> list[Path]:
+        """Write down what the disk has refused before; return what it takes now."""
+        noted = []
+        for model, (job, told) in list(self._unnoted.items()):
+            with suppress(OSError):
+                path = save_job(job)
+                self._entries[path] = _Entry(job, told)
+                del self._unnoted[model]
+                noted.append(path)
+        return noted
 
     def _take(self, path: Path, told: Told) -> bool:
         """Take a job that is noted already; the password of our own server is known."""
@@ -166,13 +186,11 @@ class InlineOutbox(_Noted):
 
     def submit(self, job: Job, told: Told) -> None:
         """See :class:`Outbox`."""
-        path = self._note(job, told)
-        if path is None:
-            return
-        if self._down is not None:
-            told(self._down)
-        else:
-            self._carry_out(path)
+        for path in self._note(job, told):
+            if self._down is not None:
+                self._entries[path].told(self._down)
+            else:
+                self._carry_out(path)
 
     def adopt(self, path: Path, told: Told) -> None:
         """See :class:`Outbox`; training does not wait for what others have left."""
@@ -191,6 +209,7 @@ class InlineOutbox(_Noted):
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:  # noqa: ARG002
         """See :class:`Outbox`; all at once, so without a limit."""
         self._down = None
+        self._note_late()
         paths = list(self._entries)
         for index, path in enumerate(paths):
             if self._down is not None:
@@ -217,6 +236,7 @@ class ProcessOutbox(_Noted):
         self._changed = threading.Condition()
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._starts = 0
+        self._rests_until = 0.0
         self._ended = False
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
@@ -227,12 +247,12 @@ class ProcessOutbox(_Noted):
     def submit(self, job: Job, told: Told) -> None:
         """See :class:`Outbox`; after the end of training, too: for a checkpoint that came later."""
         with self._changed:
-            path = self._note(job, told)
+            paths = self._note(job, told)
             if self._closed:
                 self._closed, self._ended, self._starts = False, False, 0
                 self._lines = queue.SimpleQueue()
                 self._start()
-        if path is not None:
+        for path in paths:
             self._ask(path)
 
     def adopt(self, path: Path, told: Told) -> None:
@@ -245,11 +265,16 @@ class ProcessOutbox(_Noted):
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
         """See :class:`Outbox`."""
         end = time.monotonic() + limit_s
+        with self._changed:
+            late = self._note_late()
+        for path in late:
+            self._ask(path)
         self._wait(end, tell)
         with self._changed:
             failed = list(self._entries)
             for path in failed:
                 self._entries[path].asked = False
+            self._rests_until = 0.0  # there is no later
         if failed:
             self._lines.put({"again": True})
             for path in failed:
@@ -276,10 +301,17 @@ class ProcessOutbox(_Noted):
 
     def _ask(self, path: Path) -> None:
         with self._changed:
-            entry, gone = self._entries.get(path), self._process is None
-        if entry is None:
-            return
-        self._lines.put({"job": str(path), "uri": entry.job.address.uri})
+            entry = self._entries.get(path)
+            if entry is None:
+                return
+            asked = [path]
+            if self._process is None and time.monotonic() >= self._rests_until:
+                self._starts, self._lines, asked = 0, queue.SimpleQueue(), list(self._entries)
+                self._start()
+            gone = self._process is None
+            for each in () if gone else asked:
+                uri = self._entries[each].job.address.uri
+                self._lines.put({"job": str(each), "uri": uri})
         if gone:  # nobody will answer
             uri = without_password(entry.job.address.uri)
             text = f"the process that speaks to {uri} cannot be started, or has died too often"
@@ -310,6 +342,7 @@ class ProcessOutbox(_Noted):
         """Start the process; a system that refuses is no reason to end training."""
         self._starts += 1
         self._process = None
+        self._rests_until = time.monotonic() + REST_S
         try:
             with held_back():
                 process = subprocess.Popen(  # nosec
@@ -348,15 +381,16 @@ class ProcessOutbox(_Noted):
         process.wait()
         event("courier.ended", courier=process.pid, code=process.returncode)
         with self._changed:
-            lost = [] if self._closed else list(self._entries)
-        if self._closed:
-            return
-        self._lines.put(None)  # ends the thread that writes to it
-        self._lines = queue.SimpleQueue()
-        if self._starts < MAX_STARTS:
-            self._start()
-        else:
-            self._process = None
+            # Nobody ends one that is started after the end, or a second one.
+            if self._closed or self._process is not process:
+                return
+            lost = list(self._entries)
+            self._lines.put(None)  # ends the thread that writes to it
+            self._lines = queue.SimpleQueue()
+            if self._starts < MAX_STARTS:
+                self._start()
+            else:
+                self._process = None
         for path in lost:
             self._ask(path)
 

@@ -84,7 +84,8 @@ class Server:
         else:
             carried = self._courier.carry_out(Path(path), uri)
             self._down = (uri, carried) if carried.down else None
-            answer["token"] = carried.token
+            if carried.token or not carried.left:
+                answer["token"] = carried.token
         if carried.left:
             if not self._failed or carried.down:
                 self._next = time.monotonic() + self._pause
