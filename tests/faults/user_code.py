@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -282,8 +283,9 @@ def _raises_somewhere(site: Site, make: Callable[[], Net], core: str = "trace") 
 
 def _holds(site: Site, thing: Callable[[], Any]) -> Outcome:
     held = thing()
-    run = site.train(make=lambda: Holder(held))
-    outcome = site.judge(run, type(held).__name__, again=False)
+    with closing(held) if hasattr(held, "close") else nullcontext():
+        run = site.train(make=lambda: Holder(held))
+        outcome = site.judge(run, type(held).__name__, again=False)
     if outcome.failed:
         errors = {report.error for report in run.reports if not report.ok}
         outcome.problems.append(f"{outcome.failed} checkpoints have no model: {errors}")
