@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _AREAS = (
     *("disks", "leftovers", "servers_down", "surroundings", "trainers", "user_code", "weights"),
-    "workers",
+    *("workers", "couriers"),
 )
 
 

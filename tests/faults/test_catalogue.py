@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 EVERY = {
+    "courier": 6,
     "disk of models": 41,
     "files of an earlier run": 27,
     "machine": 6,

@@ -264,6 +264,7 @@ def test_a_process_that_has_died_too_often_is_started_again_after_a_rest(
     assert list(jobs_in([tmp_path])) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(why_not() != "", reason=why_not())
 @pytest.mark.parametrize("operation", ["read", "getattr"])
 def test_a_note_that_the_disk_does_not_give_is_carried_out_later(

@@ -55,12 +55,15 @@ class Carried:
             model that was removed.
         left: Whether it is still to be done.
         down: Whether the server is, so that other jobs would fail like it.
+        damaged: Whether the job could not be understood, and was removed: whoever knows it may note
+            it anew.
     """
 
     token: str = ""
     record: TrackingRecord | None = None
     left: bool = False
     down: bool = False
+    damaged: bool = False
 
 
 class Courier:
@@ -86,9 +89,8 @@ class Courier:
             return self._carry_out(path, uri)
         except OSError as error:  # of the disk of the job, now; what was done is found done
             logger.debug("%s cannot be read or removed", path, exc_info=True)
-            server = without_password(uri or "")
-            text = f"the note of what {server} should hold fails: {error.strerror or error}"
-            return Carried("", TrackingRecord(uri=server, missing=text), left=True)
+            text = f"fails: {error.strerror or error}"
+            return Carried("", _failed_note(uri, text), left=True)
 
     def _carry_out(self, path: Path, uri: str | None) -> Carried:
         file = _locked(path)
@@ -101,7 +103,7 @@ class Courier:
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed.", path, error)
                 finish_job(path, seen)
-                return Carried()
+                return Carried("", _failed_note(uri, f"is damaged ({error})"), damaged=True)
             address = replace(job.address, uri=uri or with_password(job.address.uri))
             begun = TrackingRecord(uri=without_password(address.uri))
             try:
@@ -143,6 +145,11 @@ class Courier:
         if address not in self._trackers:
             self._trackers[address] = self._tracker_of(address)
         return self._trackers[address]
+
+
+def _failed_note(uri: str | None, how: str) -> TrackingRecord:
+    server = without_password(uri or "")
+    return TrackingRecord(uri=server, missing=f"the note of what the server should hold {how}")
 
 
 def with_password(uri: str) -> str:

@@ -132,6 +132,11 @@ class _Noted:
                 noted.append(path)
         return noted
 
+    def _set_aside(self, path: Path) -> None:
+        """Keep a job whose note was damaged, and removed by who has found that."""
+        entry = self._entries.pop(path)
+        self._unnoted[entry.job.model] = (entry.job, entry.told)
+
     def _take(self, path: Path, told: Told) -> bool:
         """Take a job that is noted already; the password of our own server is known."""
         try:
@@ -201,7 +206,9 @@ class InlineOutbox(_Noted):
         carried = self._courier.carry_out(path, entry.job.address.uri)
         if carried.down:
             self._down = carried.record
-        if not carried.left:
+        if carried.damaged:
+            self._set_aside(path)
+        elif not carried.left:
             self._entries.pop(path, None)
         if carried.record is not None:
             entry.told(carried.record)
@@ -265,11 +272,9 @@ class ProcessOutbox(_Noted):
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
         """See :class:`Outbox`."""
         end = time.monotonic() + limit_s
-        with self._changed:
-            late = self._note_late()
-        for path in late:
-            self._ask(path)
+        self._ask_late()
         self._wait(end, tell)
+        self._ask_late()  # what was found to be damaged meanwhile
         with self._changed:
             failed = list(self._entries)
             for path in failed:
@@ -298,6 +303,12 @@ class ProcessOutbox(_Noted):
                 process.wait(END_LIMIT_S)
             process.kill()
             process.wait()
+
+    def _ask_late(self) -> None:
+        with self._changed:
+            late = self._note_late()
+        for path in late:
+            self._ask(path)
 
     def _ask(self, path: Path) -> None:
         with self._changed:
@@ -406,6 +417,9 @@ class ProcessOutbox(_Noted):
                 if not message["left"]:
                     self._starts = 0  # it works: only deaths in a row are too many
                     del self._entries[Path(message["job"])]
+            elif entry is not None and message["damaged"]:
+                record = message["record"]
+                self._set_aside(Path(message["job"]))
             elif entry is not None and not message["token"]:  # another process has done it
                 del self._entries[Path(message["job"])]
         if record is not None and entry is not None:

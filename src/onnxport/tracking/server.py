@@ -85,7 +85,7 @@ class Server:
             carried = self._courier.carry_out(Path(path), uri)
             self._down = (uri, carried) if carried.down else None
             if carried.token or not carried.left:
-                answer["token"] = carried.token
+                answer |= {"token": carried.token, "damaged": carried.damaged}
         if carried.left:
             if not self._failed or carried.down:
                 self._next = time.monotonic() + self._pause
