@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from onnxport.tracking.job import Job
 
     Told = Callable[[TrackingRecord], object]
+    _Lines = queue.SimpleQueue[dict[str, Any] | None]
 
 __all__ = ["InlineOutbox", "Outbox", "ProcessOutbox", "Unavailable"]
 
@@ -241,7 +242,7 @@ class ProcessOutbox(_Noted):
     def __init__(self, address: RunAddress) -> None:
         super().__init__(address)
         self._changed = threading.Condition()
-        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._lines: _Lines = queue.SimpleQueue()
         self._starts = 0
         self._rests_until = 0.0
         self._ended = False
@@ -369,12 +370,13 @@ class ProcessOutbox(_Noted):
             return
         self._process = process
         event("courier.started", courier=process.pid)
-        for work in (self._write, self._listen):
-            threading.Thread(target=work, args=(process,), daemon=True).start()
+        # The queue is given: by the time the thread looks, it may be that of the next process.
+        for work, given in ((self._write, (process, self._lines)), (self._listen, (process,))):
+            threading.Thread(target=work, args=given, daemon=True).start()
 
-    def _write(self, process: subprocess.Popen[str]) -> None:
+    def _write(self, process: subprocess.Popen[str], lines: _Lines) -> None:
         """Pass lines on; a process that does not read must not hold training up."""
-        pipe, lines = process.stdin, self._lines
+        pipe = process.stdin
         assert pipe is not None  # nosec # noqa: S101 - a pipe was asked for
         # Who listens sees that the process is gone, and begins anew.
         with suppress(OSError, ValueError):
@@ -388,7 +390,8 @@ class ProcessOutbox(_Noted):
         assert process.stdout is not None  # nosec # noqa: S101 - a pipe was asked for
         with process.stdout as pipe:
             for line in pipe:
-                self._answered(json.loads(line))
+                if line.endswith("\n"):  # the last one of a process that was killed may be half
+                    self._answered(json.loads(line))
         process.wait()
         event("courier.ended", courier=process.pid, code=process.returncode)
         with self._changed:
