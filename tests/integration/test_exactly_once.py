@@ -228,7 +228,7 @@ def test_a_job_that_the_server_refuses_holds_up_no_other(
     network.count = 0
     network.lose = lambda _: "before"
     for job in (refused.checkpoint(0.5), good.checkpoint(0.6), good.checkpoint(0.7)):
-        told._carry_out(str(job), server)
+        told._carry_out(str(job), server, "")
     assert [answer["left"] for answer in answers] == [True] * 3
     assert network.count == 1  # the others are not tried: the server is down
     network.lose = lambda _: ""

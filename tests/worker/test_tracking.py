@@ -190,6 +190,7 @@ def test_a_process_that_does_not_start_ends_no_training(
     module = fit(tmp_path, export)
     assert len(module.losses) == 9
     kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert len(kept) == 2
     assert all("cannot be started" in report.tracking.missing for report in kept)
     assert len(list(jobs_in([tmp_path]))) >= len(kept)
 
@@ -198,12 +199,13 @@ class Kill(Callback):
     """Kills the process that speaks to the server, whenever there is one, until a step."""
 
     def __init__(self, export: OnnxExport, until: int) -> None:
-        self.export, self.until = export, until
+        self.export, self.until, self.times = export, until, 0
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         process = self.export._outbox._process
         if process is not None and trainer.global_step < self.until:
             process.kill()
+            self.times += 1
             time.sleep(0.3)
 
 
@@ -220,11 +222,13 @@ def test_a_process_that_dies_again_and_again_is_left_alone(
         return start(command, *args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", dying)
+    monkeypatch.setattr(outbox, "REST_S", 3600.0)
     export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
     before = time.monotonic()
     fit(tmp_path, export)
     assert time.monotonic() - before < OPTIONS.drain_s
     kept = [report for report in export.reports if Path(str(report.path)).exists()]
+    assert len(kept) == 2
     assert all("died too often" in report.tracking.missing for report in kept)
     assert len(begun) == 2 * outbox.MAX_STARTS  # once more at the end
 
@@ -258,8 +262,9 @@ def test_a_process_that_has_died_too_often_is_started_again_after_a_rest(
 ) -> None:
     monkeypatch.setattr(outbox, "REST_S", 0.1)
     export = OnnxExport(core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store))
-    listens = Listens(export)
-    fit(tmp_path, export, Kill(export, until=6), listens, epochs=4)
+    listens, kill = Listens(export), Kill(export, until=6)
+    fit(tmp_path, export, kill, listens, epochs=4)
+    assert kill.times >= outbox.MAX_STARTS
     assert listens.told
     assert list(jobs_in([tmp_path])) == []
 
@@ -283,7 +288,7 @@ def test_a_note_that_the_disk_does_not_give_is_carried_out_later(
 
 
 def test_an_end_that_is_noticed_late_starts_no_second_process(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "onnxport.events")
     late, may_go_on = threading.Event(), threading.Event()
@@ -302,11 +307,17 @@ def test_an_end_that_is_noticed_late_starts_no_second_process(
         trainer = zoo.trainer(tmp_path, export, epochs=1)
         trainer.fit(Scored(), zoo.loader(), zoo.loader(shuffle=False))
         assert late.wait(60.0)
+        close = ProcessOutbox.close
+
+        def closed_late(self: ProcessOutbox, status: str) -> None:
+            process = self._process  # of the second one, which lives
+            may_go_on.set()
+            time.sleep(0.5)
+            assert self._process is process
+            close(self, status)
+
+        monkeypatch.setattr(ProcessOutbox, "close", closed_late)
         trainer.save_checkpoint(tmp_path / "after.ckpt")  # begins anew, and ends
-        process = export._outbox._process
-        may_go_on.set()
-        time.sleep(0.5)
-        assert export._outbox._process is process
     finally:
         may_go_on.set()
         logging.getLogger("onnxport.events").removeHandler(handler)

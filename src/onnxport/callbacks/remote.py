@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from onnxport._files import is_there
 from onnxport.errors import PublishError
 from onnxport.exporter.writer import DATA_SUFFIX, REPORT_SUFFIX, model_files, report_path
 from onnxport.pipeline.report_files import save_report
@@ -125,7 +126,7 @@ class RemoteModels:
                     f"checkpoint, at {url}: {type(error).__name__}: {error}"
                 ),
             )
-        if not model.exists():
+        if not is_there(model):
             self.remove(model)
             return None
         if not placed.ok:
@@ -136,13 +137,13 @@ class RemoteModels:
     def update(self, model: Path) -> None:
         """Copy a report that has changed."""
         url = self.url(model)
-        if url is None or not model.exists():
+        if url is None or not is_there(model):
             return
         try:
             self._put(report_path(model), f"{url}{REPORT_SUFFIX}")
         except Exception as error:  # noqa: BLE001 - as above
             logger.warning("The report of %s could not be renewed: %s", url, error)
-        if not model.exists():
+        if not is_there(model):
             self.remove(model)
 
     def remove(self, model: Path, checkpoint: str | None = None) -> None:

@@ -577,7 +577,7 @@ class ExportSession:
 
         def told(record: TrackingRecord) -> None:
             report = self._kept.update(found.place, record)
-            if report is not None and self._tracked.get(path) is found and path.exists():
+            if report is not None and self._tracked.get(path) is found and is_there(path):
                 save_report(report, path)
                 if self._remote is not None:
                     self._remote.update(path)

@@ -44,7 +44,8 @@ def sync(
         tell: Called with each model and what its server holds, as it comes.
 
     Returns:
-        What the servers hold, by model; ``missing`` says what could not be done, and stays noted.
+        What the servers hold, by model; ``missing`` says what could not be done, and stays noted
+        unless the note was damaged.
 
     Raises:
         ConfigurationError: If there is no such folder.
@@ -64,7 +65,8 @@ def sync(
         carried = courier.carry_out(path)
         if carried.record is not None:
             model = model_of(path)
-            keep_record(model, carried.record)
+            if carried.record.uri:  # else it is not even known what it was about
+                keep_record(model, carried.record)
             told[model] = carried.record
             tell(model, carried.record)
     return told

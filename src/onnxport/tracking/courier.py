@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from onnxport._files import MOST_BYTES
+from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import ModelChangedError, without_password
 from onnxport.tracking.job import finish_job, read_job
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _OF_THE_SERVER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """Codes of MLflow's errors; those of its transport have the first one."""
+_OF_A_MODEL = ("builtins", "onnxport.", "onnx.", "google.protobuf.")
+"""Modules of errors that say something of one model."""
 _WHAT = "the logged model, its metrics and its version"
 
 
@@ -186,8 +189,17 @@ def _locked(path: Path) -> io.BufferedReader | None:
 
 
 def _is_down(error: Exception) -> bool:
-    """Tell an error of the server, or of the way there, from one of what it was asked."""
-    return getattr(error, "error_code", None) in {None, *_OF_THE_SERVER}
+    """Tell an error of the server, or of the way there, from one of a single model.
+
+    MLflow's own errors have a code. What requests, urllib3, SQLAlchemy or a cloud's library raises
+    is of the way; a file that cannot be read, or is no model, is no reason to let others wait.
+    """
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code in _OF_THE_SERVER
+    if isinstance(error, (TrackingError, ConnectionError, TimeoutError)):
+        return True
+    return not type(error).__module__.startswith(_OF_A_MODEL)
 
 
 def _first_line(error: Exception) -> str:

@@ -163,7 +163,7 @@ def jobs_in(folders: Iterable[Path]) -> Iterator[Path]:
     found: dict[Path, int] = {}
     for folder in folders:
         for path in hidden_below(folder, UNTOLD):
-            with suppress(FileNotFoundError):  # carried out meanwhile
+            with suppress(OSError):  # carried out meanwhile, or not to be read now
                 found[path] = path.stat().st_mtime_ns
     yield from sorted(found, key=lambda path: (found[path], path))
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxport._events import event
-from onnxport._files import read_small
+from onnxport._files import is_there, read_small
 from onnxport._signals import held_back
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
 from onnxport.tracking.courier import Courier, hasty_tracker, with_password
-from onnxport.tracking.job import job_path, read_job, save_job
+from onnxport.tracking.job import job_path, model_of, read_job, save_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,37 +104,34 @@ class _Noted:
         self._entries: dict[Path, _Entry] = {}
         self._unnoted: dict[Path, tuple[Job, Told]] = {}
 
-    def _note(self, job: Job, told: Told) -> list[Path]:
-        """Write a job down, and what could not be before; return what was.
-
-        A disk that refuses is said in the record.
-        """
+    def _note(self, job: Job, told: Told) -> TrackingRecord | None:
+        """Write a job down; return what is to be told if the disk refuses."""
         self._unnoted.pop(job.model, None)
         try:
             path = save_job(job)
         except OSError as error:
+            self._unnoted[job.model] = (job, told)
             uri = without_password(job.address.uri)
             text = f"it could not be noted beside {job.model}: {error.strerror or error}"
-            late = self._note_late()
-            self._unnoted[job.model] = (job, told)
-            told(TrackingRecord(uri=uri, missing=text))
-            return late
+            return TrackingRecord(uri=uri, missing=text)
         self._entries[path] = _Entry(job, told)
-        return [path, *self._note_late()]
+        return None
 
     def _note_late(self) -> list[Path]:
-        """Write down what the disk has refused before; return what it takes now."""
+        """Write down what could not be before; return what the disk takes now."""
         noted = []
         for model, (job, told) in list(self._unnoted.items()):
-            with suppress(OSError):
+            try:
                 path = save_job(job)
-                self._entries[path] = _Entry(job, told)
-                del self._unnoted[model]
-                noted.append(path)
+            except OSError:
+                break  # it would refuse the others, too, and each refusal takes time
+            self._entries[path] = _Entry(job, told)
+            self._unnoted.pop(model, None)
+            noted.append(path)
         return noted
 
     def _set_aside(self, path: Path) -> None:
-        """Keep a job whose note was damaged, and removed by who has found that."""
+        """Keep a job whose note is gone, though it was not carried out as far as anybody knows."""
         entry = self._entries.pop(path)
         self._unnoted[entry.job.model] = (entry.job, entry.told)
 
@@ -142,8 +139,11 @@ class _Noted:
         """Take a job that is noted already; the password of our own server is known."""
         try:
             job = read_job(path, read_small(path))
-        except (OSError, ValueError):
-            logger.warning("%s cannot be read: remove it.", path, exc_info=True)
+        except ValueError:
+            logger.warning("%s cannot be understood: remove it.", path, exc_info=True)
+            return False
+        except OSError:
+            logger.warning("%s cannot be read now; the next fit tries again.", path, exc_info=True)
             return False
         ours = job.address.uri == without_password(self._address.uri)
         uri = self._address.uri if ours else with_password(job.address.uri)
@@ -152,20 +152,23 @@ class _Noted:
 
     def _leave(self, status: str) -> None:
         """Note in what is left how the run has ended: whoever does it will end the run."""
-        left = [path for path in self._entries if path.exists()]
-        if left:
+        self._note_late()
+        left = [path for path in self._entries if is_there(path)]
+        if left or self._unnoted:
+            models = [*map(model_of, left), *self._unnoted]
             logger.warning(
-                "Not told to %s: %d of the models. `onnxport sync %s`, or the next fit with this "
+                "Not told to %s: %d of the models%s. `onnxport sync %s`, or the next fit with this "
                 "checkpoint folder, does it.",
                 without_password(self._address.uri),
-                len(left),
-                os.path.commonpath([path.parent for path in left]),
+                len(models),
+                f", of which the disk lets us note {len(left)}" if self._unnoted else "",
+                os.path.commonpath([model.parent for model in models]),
             )
         if not self._is_ours:
             return
         for entry in self._entries.values():
             same = entry.job.address.fit == self._address.fit
-            if same and job_path(entry.job.model).exists():
+            if same and is_there(job_path(entry.job.model)):
                 try:
                     save_job(replace(entry.job, ended=status))
                 except OSError:
@@ -174,6 +177,10 @@ class _Noted:
     @property
     def _is_ours(self) -> bool:
         return self._address.run_id is None
+
+    @property
+    def _is_done(self) -> bool:
+        return not self._entries and not self._unnoted
 
 
 class InlineOutbox(_Noted):
@@ -192,15 +199,19 @@ class InlineOutbox(_Noted):
 
     def submit(self, job: Job, told: Told) -> None:
         """See :class:`Outbox`."""
-        for path in self._note(job, told):
+        refused = self._note(job, told)
+        if refused is not None:
+            _tell(told, refused)
+            return
+        for path in (job_path(job.model), *self._note_late()):
             if self._down is not None:
-                self._entries[path].told(self._down)
+                _tell(self._entries[path].told, self._down)
             else:
                 self._carry_out(path)
 
     def adopt(self, path: Path, told: Told) -> None:
         """See :class:`Outbox`; training does not wait for what others have left."""
-        self._take(path, told)
+        self._take(path.absolute(), told)
 
     def _carry_out(self, path: Path) -> None:
         entry = self._entries[path]
@@ -212,7 +223,7 @@ class InlineOutbox(_Noted):
         elif not carried.left:
             self._entries.pop(path, None)
         if carried.record is not None:
-            entry.told(carried.record)
+            _tell(entry.told, carried.record)
 
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:  # noqa: ARG002
         """See :class:`Outbox`; all at once, so without a limit."""
@@ -228,7 +239,7 @@ class InlineOutbox(_Noted):
     def close(self, status: str) -> None:
         """See :class:`Outbox`."""
         self._leave(status)
-        if self._is_ours and not self._entries:
+        if self._is_ours and self._is_done:
             self._courier.close(self._address, status)
 
 
@@ -248,31 +259,33 @@ class ProcessOutbox(_Noted):
         self._ended = False
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
-        self._start()
+        with self._changed:
+            self._start()
 
     # --- called by the trainer, or by the thread that looks after the worker -----------------
 
     def submit(self, job: Job, told: Told) -> None:
-        """See :class:`Outbox`; after the end of training, too: for a checkpoint that came later."""
+        """See :class:`Outbox`; after :meth:`close` it is only noted, until :meth:`drain`."""
         with self._changed:
-            paths = self._note(job, told)
-            if self._closed:
-                self._closed, self._ended, self._starts = False, False, 0
-                self._lines = queue.SimpleQueue()
-                self._start()
+            refused = self._note(job, told)
+            paths = [] if refused else [job_path(job.model), *self._note_late()]
+        if refused is not None:
+            _tell(told, refused)
         for path in paths:
             self._ask(path)
 
     def adopt(self, path: Path, told: Told) -> None:
         """See :class:`Outbox`."""
+        path = path.absolute()  # as submitted jobs are: one note, one entry
         with self._changed:
             taken = self._take(path, told)
         if taken:
             self._ask(path)
 
     def drain(self, limit_s: float, tell: Callable[[int], None]) -> None:
-        """See :class:`Outbox`."""
+        """See :class:`Outbox`; a checkpoint may be saved after the end, too."""
         end = time.monotonic() + limit_s
+        self._open_again()
         self._ask_late()
         self._wait(end, tell)
         self._ask_late()  # what was found to be damaged meanwhile
@@ -291,19 +304,37 @@ class ProcessOutbox(_Noted):
     def close(self, status: str) -> None:
         """See :class:`Outbox`."""
         with self._changed:
-            self._leave(status)
             self._closed = True
-            process, done = self._process, not self._entries
-        if self._is_ours and done and process is not None:
-            self._lines.put({"address": asdict(self._address), "status": status})
+            process, lines = self._process, self._lines
+        try:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended, END_LIMIT_S)
-        self._lines.put(None)
-        if process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_LIMIT_S)
-            process.kill()
-            process.wait()
+                self._leave(status)
+                ends = self._is_ours and self._is_done
+            if ends and process is not None and process.poll() is None:
+                self._end_run(status, lines)
+        finally:
+            lines.put(None)
+            if process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END_LIMIT_S)
+                process.kill()
+                process.wait()
+
+    def _end_run(self, status: str, lines: _Lines) -> None:
+        lines.put({"address": asdict(self._address), "status": status})
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, END_LIMIT_S):
+                uri = without_password(self._address.uri)
+                logger.warning("%s was not told in time that the run has %s.", uri, status.lower())
+
+    def _open_again(self) -> None:
+        with self._changed:
+            if not self._closed or self._is_done:
+                return
+            self._closed, self._ended, self._process, self._rests_until = False, False, None, 0.0
+            noted = list(self._entries)
+        for path in noted:
+            self._ask(path)
 
     def _ask_late(self) -> None:
         with self._changed:
@@ -314,7 +345,7 @@ class ProcessOutbox(_Noted):
     def _ask(self, path: Path) -> None:
         with self._changed:
             entry = self._entries.get(path)
-            if entry is None:
+            if entry is None or self._closed:
                 return
             asked = [path]
             if self._process is None and time.monotonic() >= self._rests_until:
@@ -322,13 +353,15 @@ class ProcessOutbox(_Noted):
                 self._start()
             gone = self._process is None
             for each in () if gone else asked:
-                uri = self._entries[each].job.address.uri
-                self._lines.put({"job": str(each), "uri": uri})
+                job = self._entries[each].job
+                line = {"job": str(each), "uri": job.address.uri, "asked": job.token}
+                self._lines.put(line)
         if gone:  # nobody will answer
             uri = without_password(entry.job.address.uri)
             text = f"the process that speaks to {uri} cannot be started, or has died too often"
             record = {"uri": uri, "missing": text}
-            self._answered({"job": str(path), "record": record, "left": True})
+            answer = {"job": str(path), "asked": entry.job.token, "record": record, "left": True}
+            self._answered(answer)
 
     def _wait(self, end: float, tell: Callable[[int], None]) -> None:
         """Wait until there is an answer for each job."""
@@ -346,7 +379,7 @@ class ProcessOutbox(_Noted):
         for entry in unanswered:
             uri = without_password(self._address.uri)
             text = f"{uri} did not take it while training waited (Background(drain_s=))"
-            entry.told(TrackingRecord(uri=uri, missing=text))
+            _tell(entry.told, TrackingRecord(uri=uri, missing=text))
 
     # --- in threads -------------------------------------------------------------------------
 
@@ -355,6 +388,7 @@ class ProcessOutbox(_Noted):
         self._starts += 1
         self._process = None
         self._rests_until = time.monotonic() + REST_S
+        process = None
         try:
             with held_back():
                 process = subprocess.Popen(  # nosec
@@ -365,14 +399,17 @@ class ProcessOutbox(_Noted):
                     text=True,
                     start_new_session=True,
                 )
-        except OSError as error:
+            self._process = process
+            # The queue is given: when the thread looks, it may be that of the next process.
+            for work, given in ((self._listen, (process,)), (self._write, (process, self._lines))):
+                threading.Thread(target=work, args=given, daemon=True).start()
+        except (OSError, RuntimeError) as error:  # too many processes, or threads
+            self._process = None
+            if process is not None:
+                process.kill()
             logger.warning("The process that tells MLflow of models did not start: %s", error)
             return
-        self._process = process
         event("courier.started", courier=process.pid)
-        # The queue is given: by the time the thread looks, it may be that of the next process.
-        for work, given in ((self._write, (process, self._lines)), (self._listen, (process,))):
-            threading.Thread(target=work, args=given, daemon=True).start()
 
     def _write(self, process: subprocess.Popen[str], lines: _Lines) -> None:
         """Pass lines on; a process that does not read must not hold training up."""
@@ -398,6 +435,7 @@ class ProcessOutbox(_Noted):
             # Nobody ends one that is started after the end, or a second one.
             if self._closed or self._process is not process:
                 return
+            self._ask_last()
             lost = list(self._entries)
             self._lines.put(None)  # ends the thread that writes to it
             self._lines = queue.SimpleQueue()
@@ -408,27 +446,56 @@ class ProcessOutbox(_Noted):
         for path in lost:
             self._ask(path)
 
+    def _ask_last(self) -> None:
+        """Put what the process was at when it died behind the others: it may have died of it."""
+        at_work = next((path for path, each in self._entries.items() if not each.asked), None)
+        if at_work is not None:
+            self._entries[at_work] = self._entries.pop(at_work)
+
     def _answered(self, message: dict[str, Any]) -> None:
         record = None
         with self._changed:
-            entry = self._entries.get(Path(message.get("job", "")))
+            path = Path(message.get("job", ""))
+            entry = self._entries.get(path)
             if message.get("ended"):
                 self._ended = True
-            elif entry is not None and message.get("token", entry.job.token) == entry.job.token:
-                entry.asked = True
-                record = message["record"]
-                if not message["left"]:
-                    self._starts = 0  # it works: only deaths in a row are too many
-                    del self._entries[Path(message["job"])]
-            elif entry is not None and message["damaged"]:
-                record = message["record"]
-                self._set_aside(Path(message["job"]))
-            elif entry is not None and not message["token"]:  # another process has done it
-                del self._entries[Path(message["job"])]
+            elif entry is not None:
+                record = self._settle(path, entry, message)
         if record is not None and entry is not None:
-            entry.told(TrackingRecord(**record))
+            _tell(entry.told, TrackingRecord(**record))
         with self._changed:
             self._changed.notify_all()
+
+    def _settle(self, path: Path, entry: _Entry, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Take an answer; return the record that it brings, if it is about the job that is noted.
+
+        It says which job was asked about (``asked``), and which one was found (``token``; ``""``:
+        none; without it: whichever is there).
+        """
+        ours = entry.job.token
+        found = message.get("token", message["asked"])
+        record: dict[str, Any] | None = message["record"]
+        if found == ours:
+            entry.asked = True
+            if not message["left"]:
+                self._starts = 0  # it works: only deaths in a row are too many
+                del self._entries[path]
+            return record
+        if message["asked"] != ours:
+            return None  # an older one was asked about; there will be another answer
+        if found:
+            entry.asked = True  # another process has noted something else, which is its own affair
+            return None
+        self._set_aside(path)  # damaged, gone with a disk, or done by a process that has died
+        return record
+
+
+def _tell(told: Told, record: TrackingRecord) -> None:
+    """Pass on what a server holds; a report that cannot be written ends no thread of ours."""
+    try:
+        told(record)
+    except Exception:
+        logger.warning("What %s holds could not be written down.", record.uri, exc_info=True)
 
 
 class Unavailable:

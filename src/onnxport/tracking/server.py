@@ -47,7 +47,7 @@ class Server:
     def __init__(self, courier: Courier, answer: Callable[[dict[str, Any]], None]) -> None:
         self._courier = courier
         self._answer = answer
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, tuple[str, str]] = {}
         self._down: tuple[str, Carried] | None = None
         self._pause = FIRST_PAUSE_S
         self._next = 0.0
@@ -64,7 +64,7 @@ class Server:
                 self._end(message)
             elif "again" in message:
                 self._down = None
-            elif self._carry_out(message["job"], message["uri"]) and self._failed:
+            elif self._carry_out(message["job"], message["uri"], message["asked"]) and self._failed:
                 self._try_again()  # it is up again
 
     def _patience(self) -> float | None:
@@ -76,22 +76,23 @@ class Server:
         self._courier.close(address, message["status"])
         self._answer({"ended": True})
 
-    def _carry_out(self, path: str, uri: str) -> bool:
+    def _carry_out(self, path: str, uri: str, asked: str) -> bool:
         """Carry out a job, or say at once that its server was down a moment ago."""
-        answer: dict[str, Any] = {"job": path}
+        answer: dict[str, Any] = {"job": path, "asked": asked}
+        first = not self._failed
         if self._down is not None and self._down[0] == uri and time.monotonic() < self._next:
             carried = self._down[1]  # but its token: that is another job's
         else:
             carried = self._courier.carry_out(Path(path), uri)
             self._down = (uri, carried) if carried.down else None
+            self._failed.pop(path, None)  # if it fails again, it comes behind the others
             if carried.token or not carried.left:
-                answer |= {"token": carried.token, "damaged": carried.damaged}
+                answer["token"] = carried.token
         if carried.left:
-            if not self._failed or carried.down:
+            if first or carried.down:
                 self._next = time.monotonic() + self._pause
-            self._failed[path] = uri
+            self._failed[path] = (uri, asked)
         else:
-            self._failed.pop(path, None)
             self._pause = FIRST_PAUSE_S
         record = None if carried.record is None else asdict(carried.record)
         self._answer(answer | {"record": record, "left": carried.left})
@@ -100,8 +101,8 @@ class Server:
     def _try_again(self) -> None:
         """Try all that failed; what waits for a server that is still down is not tried."""
         self._down = None
-        for path, uri in list(self._failed.items()):
-            self._carry_out(path, uri)
+        for path, (uri, asked) in list(self._failed.items()):
+            self._carry_out(path, uri, asked)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         self._next = time.monotonic() + self._pause
 
