@@ -9,10 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+import onnxport
 from faults.disk import Rule, mounted, why_not
 from faults.ground import EVERY, left_behind, missing, train, undisturbed, wrong_models
-from onnxport import OnnxExport
+from onnxport import OnnxExport, PublishError
 from onnxport.callbacks.withdrawals import Withdrawals
+from onnxport.exporter import writer
 from onnxport.exporter.writer import withdraw_model
 
 if TYPE_CHECKING:
@@ -168,3 +170,46 @@ def test_a_folder_that_cannot_be_looked_at_does_not_end_training(
     assert {str(path) for path in checkpoints.glob("*.ckpt")} <= reported
     # No verdict: the next start makes them.
     assert {report.code for report in run.reports if not report.ok} <= {"OX500", "OX600"}
+
+
+def test_a_model_whose_report_is_refused_does_not_stay(tmp_path: Path) -> None:
+    rules = (
+        Rule(operations=("create",), match="*.onnx.json*", times=-1, error=errno.ENOSPC),
+        Rule(operations=("open", "read"), match="c/last.onnx*", times=-1, error=errno.EIO),
+    )
+    refuses, kept = refused(tmp_path, *rules, steps=(5, END))
+    assert refuses.found[-1] == []
+    assert not (kept / "last.onnx").exists()
+
+
+def test_what_cannot_be_read_is_ours_where_nothing_was_before(tmp_path: Path) -> None:
+    made = tmp_path / "made.onnx"
+    onnxport.export(torch.nn.Linear(2, 2), torch.zeros(3, 2), made, core="trace")
+    with mounted(tmp_path) as disk:
+        withdrawals = Withdrawals("")
+        (disk.folder / "c").mkdir()
+        for name in ("ours", "of somebody else"):
+            model = disk.folder / "c" / f"{name}.onnx"
+            if name != "ours":
+                model.write_bytes(made.read_bytes())
+            withdrawals.withdraw(model, str(model.with_suffix(".ckpt")))
+            model.write_bytes(made.read_bytes())
+        disk.fail(Rule(operations=("open", "read"), match="*.onnx", times=-1, error=errno.EIO))
+        for name in ("ours", "of somebody else"):
+            model = disk.folder / "c" / f"{name}.onnx"
+            withdrawals.withdraw(model, str(model.with_suffix(".ckpt")))
+        assert [path.name for path in disk.kept.glob("c/*.onnx")] == ["of somebody else.onnx"]
+
+
+def test_a_model_that_the_disk_may_not_hold_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(writer, "sync_file", fails)
+    with writer.staging(tmp_path / "a.onnx") as staged:
+        staged.write_bytes(b"a model")
+        with pytest.raises(PublishError, match="Input/output error"):
+            writer.publish(staged, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []

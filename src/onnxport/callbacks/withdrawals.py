@@ -10,6 +10,7 @@ from onnxport._events import event
 from onnxport._files import identity_of
 from onnxport.callbacks.owed import note_anew
 from onnxport.callbacks.paths import is_model_of
+from onnxport.exporter.ownership import cannot_be_read
 from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
 
 __all__ = ["Withdrawals"]
@@ -29,6 +30,7 @@ class Withdrawals:
         self._withdrawn: dict[Path, bool] = {}
         self._published: dict[Path, tuple[int, ...]] = {}
         self._stale: set[Path] = set()
+        self._free: set[Path] = set()
 
     def published(self, path: Path) -> None:
         """A proven model is there now: it is ours, also if the disk does not let it be read."""
@@ -55,6 +57,8 @@ class Withdrawals:
                 withdraw_staged(path)
             if ours:
                 withdraw_model(path, known=known)
+            if not path.exists():
+                self._free.add(path)
         except OSError as error:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
         else:
@@ -63,11 +67,15 @@ class Withdrawals:
         self._withdrawn[path] = ours
 
     def _is_known(self, path: Path) -> bool:
-        """Tell, without reading it, whether a file is the one that this run has published."""
-        try:
-            return self._published.get(path) == identity_of(path)
-        except OSError:
-            return False
+        """Tell whether a file is ours, also if it cannot be read.
+
+        It is if this run has published it, or if the name was free when a model was begun: the
+        process that made one may have died, or have failed, after it was published.
+        """
+        with suppress(OSError):
+            if self._published.get(path) == identity_of(path):
+                return True
+        return path in self._free and cannot_be_read(path)
 
     def forget(self, path: Path) -> bool | None:
         """Tell whether a model was withdrawn that was of its checkpoint, for the last time.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["METADATA_PREFIX", "is_our_report", "is_ours", "read_metadata"]
+__all__ = ["METADATA_PREFIX", "cannot_be_read", "is_our_report", "is_ours", "read_metadata"]
 
 METADATA_PREFIX = "onnxport."
 """What stands before our keys in a model's ``metadata_props``."""
@@ -46,6 +46,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 def is_ours(path: Path) -> bool:
     """Tell whether a file is a whole model that onnxport wrote."""
     return bool(read_metadata(path))
+
+
+def cannot_be_read(path: Path) -> bool:
+    """Tell whether a file is there, and the disk does not let anybody see whose it is."""
+    try:
+        with path.open("rb") as file:
+            for _ in _metadata_fields(file, path.stat().st_size):
+                pass
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    except ValueError:  # it can be read, and is no model
+        return False
+    return False
 
 
 def is_our_report(path: Path) -> bool:

@@ -307,22 +307,23 @@ def publish(staged: Path, final: Path) -> None:
     """Bring a proven model under its final name, data first.
 
     Raises:
-        PublishError: If the rename fails, or a file of somebody else has that name; nothing
-            half-written has the final name then.
+        PublishError: If the rename fails, or the disk does not say that it holds it, or a file of
+            somebody else has that name; nothing of ours has the final name then.
     """
     require_replaceable(final)
     staged_data, final_data = (path.with_name(path.name + DATA_SUFFIX) for path in (staged, final))
     try:
-        if staged_data.exists():
-            staged_data.replace(final_data)
-            with ExitStack() as undo:
+        with ExitStack() as undo:
+            has_data = staged_data.exists()
+            if has_data:
+                staged_data.replace(final_data)
                 undo.callback(final_data.unlink, missing_ok=True)
-                staged.replace(final)
-                undo.pop_all()
-        else:
             staged.replace(final)
-            final_data.unlink(missing_ok=True)
-        sync_file(final.parent)
+            undo.callback(final.unlink, missing_ok=True)
+            if not has_data:
+                final_data.unlink(missing_ok=True)
+            sync_file(final.parent)
+            undo.pop_all()
     except OSError as error:
         raise PublishError(_not_written(final, error)) from error
 

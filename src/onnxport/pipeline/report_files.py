@@ -56,10 +56,16 @@ def write_report(
     write_text(file, report.to_json(), check)
 
 
-def discard_stale(report: ExportReport, path: Path) -> ExportReport:
-    """Remove an older model of ours: it would hold other weights than its checkpoint."""
+def discard_stale(report: ExportReport, path: Path, *, known: bool = False) -> ExportReport:
+    """Remove an older model of ours: it would hold other weights than its checkpoint.
+
+    Args:
+        report: Of the failure; returned, with what could not be removed.
+        path: The model.
+        known: It is ours, also if the disk does not let it be read.
+    """
     try:
-        remove_model(path)
+        remove_model(path, known=known)
     except OSError as error:
         stale = f"{path} holds older weights and cannot be removed ({error.strerror or error})."
         return replace(report, error=f"{report.error} {stale}")

@@ -339,14 +339,15 @@ def _reported(report: ExportReport, job: ExportJob) -> ExportReport:
     Raises:
         CheckpointGoneError: If the checkpoint has changed meanwhile.
     """
-    if report.ok:
+    published = report.ok
+    if published:
         try:
             write_report(report, job.path, job.require_wanted)
         except OnnxportError as error:
             report = report.failed(error)
     if not report.ok:
         job.require_wanted()
-        report = discard_stale(report, job.path)
+        report = discard_stale(report, job.path, known=published)
         save_report(report, job.path)
     return report
 
