@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def resume(
-    folder: Annotated[Path, "Folder of checkpoints."],
+    folder: Annotated[Path, "Folder of checkpoints; with dirpath=, that of the models."],
 ) -> None:
     """Make the models that an interrupted training run still owes, in FOLDER and all below it.
 

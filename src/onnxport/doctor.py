@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Finding:
         what: Its name.
         found: What there is, in words.
         ok: Whether models can be made with it.
-        advice: What to do if not.
+        advice: What to do if not; ``""`` if there is nothing to be done.
     """
 
     what: str
@@ -89,7 +89,7 @@ def diagnose(
         "versions": (_versions, "Install onnxport anew: what is installed cannot be read."),
         "ONNX Runtime": (_runtime, "Without it no model is proven: pip install 'onnxport[ort]'."),
         "worker": (_worker, "Use OnnxExport(background=False) until it starts; see the error."),
-        "disk": (lambda: _disk(Path(folder)), "Make the folder writable, or give another one."),
+        "disk": (lambda: _disk(Path(folder)), "Give a folder, or a name that is free."),
         "memory": (_memory, "Weights cannot be shared with the worker: is memory limited here?"),
         "limits": (_limits, "The limits of this process cannot be read."),
         "MLflow": (lambda: _server(uri), "Look at the address: MLFLOW_TRACKING_URI."),
@@ -102,7 +102,7 @@ def diagnose(
             logger.debug("%s could not be looked at", what, exc_info=True)
             name = "" if isinstance(error, OnnxportError) else f"{type(error).__name__}: "
             found.append(Finding(what, f"{name}{error}", ok=False, advice=advice))
-    return found
+    return [replace(each, advice="") if each.ok else each for each in found]
 
 
 def _versions() -> Iterator[Finding]:
@@ -155,13 +155,38 @@ def _resident_bytes(pid: int) -> int | None:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
-    free = shutil.disk_usage(folder).free
+    place = folder.absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file")
+    free = shutil.disk_usage(there).free
+    new = "" if there == place else f"; {place} will be made by training"
     yield Finding(
         "disk",
-        f"{free / _GIB:.1f} GiB are free in {folder.absolute()}",
+        f"{_size(free)} are free in {there}{new}",
         ok=free >= _LITTLE_DISK,
         advice="Free some space, or give another folder with dirpath=.",
     )
+    try:
+        took = _write_in(there)
+    except OSError as error:
+        advice = "Free some space, make the folder writable, or give another one with dirpath=."
+        yield Finding("writing", f"{there}: {error.strerror}", ok=False, advice=advice)
+        return
+    yield Finding(
+        "writing",
+        f"1 MiB is on the disk in {took * 1e3:.0f} ms; files can be locked and renamed",
+        ok=took < _SLOW_SYNC_S,
+        advice="The disk is slow. Training does not wait for it, but the end of fit may.",
+    )
+
+
+def _size(number: float) -> str:
+    return f"{number / _GIB:.1f} GiB" if number >= _GIB else f"{number / 2**20:.0f} MiB"
+
+
+def _write_in(folder: Path) -> float:
+    """Write, lock and rename a file as a model is; return how long it took, in seconds."""
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
         file = Path(scratch) / "file"
         with FileLock(f"{file}.lock", timeout=0):
@@ -171,13 +196,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
                 opened.flush()
                 os.fsync(opened.fileno())
             file.replace(file.with_suffix(".there"))
-            took = time.perf_counter() - start
-    yield Finding(
-        "writing",
-        f"1 MiB is on the disk in {took * 1e3:.0f} ms; files can be locked and renamed",
-        ok=took < _SLOW_SYNC_S,
-        advice="The disk is slow. Training does not wait for it, but the end of fit may.",
-    )
+            return time.perf_counter() - start
 
 
 def _memory() -> Iterator[Finding]:
@@ -230,6 +249,12 @@ def _server(uri: str) -> Iterator[Finding]:
         yield Finding("MLflow", "no address is given; what the trainer's MLFlowLogger has is used")
         return
     place = without_password(uri)
+    if (new := reachable.new_database(uri)) is not None:
+        yield Finding("MLflow", f"{new} is not there yet; the first run makes it")
+        return
+    if not reachable.can_be_asked(uri):
+        yield Finding("MLflow", f"{place} was not asked: it is no http(s) address, nor a database")
+        return
     try:
         reachable.require_reachable(uri, _SERVER_LIMIT_S)
     except OnnxportError as error:

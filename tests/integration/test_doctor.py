@@ -44,10 +44,11 @@ def test_each_thing_that_is_wrong_is_said_and_the_rest_is_looked_at(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    findings = by_name(diagnose(tmp_path / "nowhere", tracking_uri=uri))
+    (tmp_path / "file").touch()
+    findings = by_name(diagnose(tmp_path / "file" / "nowhere", tracking_uri=uri))
     wrong = {name for name, finding in findings.items() if not finding.ok}
     assert wrong == {"worker", "disk", "MLflow"}
-    assert "nowhere" in findings["disk"].found
+    assert findings["disk"].found.endswith("file is a file")
     assert "/nowhere/python" in findings["worker"].found
     assert "onnxport sync" in findings["MLflow"].advice
     assert "secret" not in str(findings)
@@ -63,7 +64,7 @@ def test_a_folder_that_is_full_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage)
     disk = by_name(diagnose(tmp_path))["disk"]
     assert not disk.ok
-    assert disk.found.startswith("0.0 GiB are free")
+    assert disk.found.startswith("1 MiB are free")
     assert "dirpath=" in disk.advice
 
 
@@ -77,3 +78,29 @@ def test_the_command_says_the_same_in_words_and_as_json(tmp_path: Path) -> None:
     assert ill.returncode == 1
     content: list[dict[str, Any]] = json.loads(ill.stdout)
     assert [each["what"] for each in content if not each["ok"]] == ["MLflow"]
+
+
+def test_what_is_not_there_yet_is_not_wrong_and_is_not_made(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    findings = by_name(diagnose(tmp_path / "runs" / "deep", tracking_uri=uri))
+    assert [finding for finding in findings.values() if not finding.ok or finding.advice] == []
+    assert findings["disk"].found.endswith("deep will be made by training")
+    assert findings["MLflow"].found.endswith("mlflow.db is not there yet; the first run makes it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_nobody_can_ask_is_not_said_to_answer(tmp_path: Path) -> None:
+    assert "was not asked" in by_name(diagnose(tmp_path, tracking_uri="foo://bar"))["MLflow"].found
+
+
+def test_a_folder_that_refuses_files_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxport import doctor
+
+    def refuse(_: Path) -> float:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor, "_write_in", refuse)
+    writing = by_name(diagnose(tmp_path))["writing"]
+    assert (writing.ok, writing.found) == (False, f"{tmp_path}: Permission denied")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxport._events import event
-from onnxport.errors import ExportError
+from onnxport.errors import ExportError, TrackingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -114,7 +114,8 @@ class KeptReports:
         if record.missing:
             # A server that is down for days would fill the log with one and the same line.
             level = logging.DEBUG if self._is_down else logging.WARNING
-            logger.log(level, "Tracking %s: %s", report.path, record.missing)
+            code = TrackingError.code
+            logger.log(level, "Tracking %s [%s]: %s", report.path, code, record.missing)
         elif record.alias is not None:
             self._say(
                 f"onnxport: version {record.version} of {record.registered_name!r} "

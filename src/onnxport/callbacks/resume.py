@@ -67,7 +67,9 @@ def resume(
     root = Path(folder).absolute()  # so that reports name files from wherever they are read
     if not root.is_dir():
         found = f"{root} is a file" if root.exists() else f"There is no folder {root}"
-        raise ConfigurationError(f"{found}. Give the folder of checkpoints.")
+        raise ConfigurationError(
+            f"{found}. Give the folder of checkpoints, or of models, if dirpath= has named one."
+        )
     require_runtime()
     reports: list[ExportReport] = []
     pipelines: dict[Path, Pipeline | OnnxportError] = {}

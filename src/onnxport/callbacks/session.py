@@ -317,6 +317,7 @@ class ExportSession:
         Args:
             saved: The weights as they are, and where a model would go.
             failed: Called, perhaps by another thread, with the reason if it does not export.
+                A worker or a disk that fails is no such reason.
         """
         if self._preflight_begun or self._observer.choose() is None:
             return
@@ -325,7 +326,11 @@ class ExportSession:
         def finished(outcome: Outcome) -> None:
             self._small = outcome.example or self._small
             self.preflight = report = outcome.report
-            if report is not None and not report.ok:
+            if report is None or report.ok:
+                return
+            if report.code in {WorkerError.code, PublishError.code}:
+                logger.warning("Whether the module exports is not known yet: %s", report.error)
+            else:
                 failed(report.error or "it does not export")
 
         self._turns.take(partial(self._begin, saved, finished, publish=False))

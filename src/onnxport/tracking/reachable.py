@@ -23,7 +23,7 @@ from onnxport.errors import TrackingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["require_reachable"]
+__all__ = ["can_be_asked", "new_database", "require_reachable"]
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
 _FREE_BYTES = 2**22
@@ -63,6 +63,24 @@ def require_reachable(uri: str, timeout_s: float) -> None:
         raise TrackingError(f"it cannot be used ({getattr(error, 'reason', error)})") from error
 
 
+def can_be_asked(uri: str) -> bool:
+    """Tell whether there is a way to get a sign of life from such an address."""
+    return _probe_for(uri, 0.0) is not None
+
+
+def new_database(uri: str) -> Path | None:
+    """Return the file of an sqlite database that is not there yet, or ``None``."""
+    path = _file_of(uri)
+    return None if path is None or path.exists() else path
+
+
+def _file_of(uri: str) -> Path | None:
+    parts = urlsplit(uri)
+    name = parts.path.removeprefix("/")
+    is_file = parts.scheme.partition("+")[0] == "sqlite" and name not in {"", ":memory:"}
+    return Path(name) if is_file else None
+
+
 def _probe_for(uri: str, timeout_s: float) -> Callable[[], None] | None:
     scheme = urlsplit(uri).scheme
     dialect = scheme.partition("+")[0]
@@ -91,10 +109,9 @@ def _ask_sqlite(uri: str, timeout_s: float) -> None:
     Raises:
         TrackingError: If there is no room.
     """
-    name = urlsplit(uri).path.removeprefix("/")
-    if name in {"", ":memory:"}:
+    path = _file_of(uri)
+    if path is None:
         return
-    path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass

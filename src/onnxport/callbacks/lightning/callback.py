@@ -433,7 +433,8 @@ class OnnxExport(metaclass=FrameworkAware):
             session.try_early(saved, self._no_export)
 
     def _no_export(self, reason: str) -> None:
-        message = f"The module does not export, so no checkpoint will get a model: {reason}"
+        what = f"The module does not export [{ExportError.code}]"
+        message = f"{what}, so no checkpoint will get a model: {reason}"
         if self.preflight == "warn":
             logger.warning("%s Training goes on.", message)
         else:
