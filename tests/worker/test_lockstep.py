@@ -243,7 +243,7 @@ def test_a_rung_that_ends_the_worker_is_skipped(how: str, tmp_path: Path) -> Non
 def test_a_worker_that_dies_in_the_trial_is_no_verdict_on_the_module(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    export = OnnxExport(core="trace", background=OPTIONS, preflight="raise")
+    export = OnnxExport(core="dynamo", background=OPTIONS, preflight="raise")
     fit(tmp_path, zoo.Classifier(Crash("exit")), export)
     assert "Whether the module exports is not known yet" in caplog.text
     assert "does not export" not in caplog.text
