@@ -131,7 +131,13 @@ def test_ctrl_c(devices: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["all raise", "first raises", pytest.param("second raises", marks=pytest.mark.exhaustive)],
+    [
+        "first raises",
+        *(
+            pytest.param(what, marks=pytest.mark.exhaustive)
+            for what in ("all raise", "second raises")
+        ),
+    ],
 )
 def test_an_exception_of_the_user(what: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"

@@ -26,7 +26,7 @@ pytestmark = [
 EVERY = {
     "courier": 6,
     "disk of models": 41,
-    "files of an earlier run": 27,
+    "files of an earlier run": 60,
     "machine": 6,
     "none": 1,
     "tracking server": 11,

@@ -54,10 +54,10 @@ print("proven", report.path)
     "imports",
     [
         "from onnxport import OnnxExport\nimport pytorch_lightning as pl",
-        "import pytorch_lightning as pl\nfrom onnxport import OnnxExport",
         *(
             pytest.param(imports, marks=pytest.mark.exhaustive)
             for imports in (
+                "import pytorch_lightning as pl\nfrom onnxport import OnnxExport",
                 "from onnxport import OnnxExport\nimport lightning.pytorch as pl",
                 "import lightning as pl\nfrom onnxport import OnnxExport",
             )

@@ -315,6 +315,7 @@ def test_a_core_that_has_made_a_model_is_not_given_up_when_the_worker_dies(tmp_p
     assert [report.error for report in run.reports if not report.ok] == []
 
 
+@pytest.mark.exhaustive
 def test_what_was_not_tried_any_more_is_named(tmp_path: Path) -> None:
     run = trained(tmp_path, "1 1")
     assert {report.code for report in run.reports} == {"OX600"}

@@ -152,6 +152,7 @@ class KillTracking(Callback):
             os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_is_killed_is_replaced(store: str, tmp_path: Path) -> None:
     export = OnnxExport(
         core="trace", background=OPTIONS, mlflow=MLflow(tracking_uri=store, register="n")
