@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from faults.catalogue import CATALOGUE, Fault, Outcome
 from faults.ground import left_behind
 from onnxport import Background, OnnxExport, resume
+from onnxport.worker.client import worker_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,8 +92,11 @@ FILES = {
 }
 
 
+IMPATIENT = Background(drain_s=0.0)
+
+
 class WaitsForFirst(Callback):
-    """Waits for the first model, so that there is a template when training ends too early."""
+    """Waits for the first model, so that there is a template, then stops the worker: debts stay."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -100,6 +105,9 @@ class WaitsForFirst(Callback):
         end = time.monotonic() + 60.0
         while trainer.global_step == 4 and time.monotonic() < end:
             if any(self.site.checkpoints.glob("*.onnx")):
+                pid = worker_for(IMPATIENT, 0).pid
+                if pid is not None:
+                    os.kill(pid, signal.SIGSTOP)
                 return
             time.sleep(0.01)
 
@@ -109,7 +117,7 @@ def _is_damaged(site: Site, pattern: str, damage: Callable[[Path, Site], None]) 
 
     What was damaged, and its checkpoint's model, may be wrong or missing afterwards; nothing else.
     """
-    site.train(WaitsForFirst(site), export=site.export(background=Background(drain_s=0.0)))
+    site.train(WaitsForFirst(site), export=site.export(background=IMPATIENT))
     if pattern in {"*.onnx", "*.onnx.json"}:
         site.train()
     files = sorted(path for path in site.checkpoints.glob(pattern) if path.is_file())
