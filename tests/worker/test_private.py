@@ -42,13 +42,17 @@ SCRIPT = """
                 name = str(path.relative_to(temporary))
                 found["seen"].add(name)
                 try:
-                    mode = path.lstat().st_mode
+                    found_there = path.lstat()
+                    mode, size = found_there.st_mode, found_there.st_size
                     shut = (temporary / Path(name).parts[0]).lstat().st_mode & 0o077 == 0
                 except OSError:
                     continue
                 if not shut:
-                    found["open"].add(f"{name} {mode & 0o777:o} {path.stat().st_size}")
-            ours = {inode for pid in [os.getpid(), *workers] for inode in inodes(pid)}
+                    found["open"].add(f"{name} {mode & 0o777:o} {size}")
+            try:
+                ours = {inode for pid in [os.getpid(), *workers] for inode in inodes(pid)}
+            except OSError:  # a worker has ended
+                continue
             for table, inode, listens in (("tcp", 9, "0A"), ("tcp6", 9, "0A")):
                 for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
                     words = line.split()
