@@ -73,10 +73,10 @@ def inject_all(fault: Fault, row: dict[str, Any], times: int, seed: int) -> Iter
     )
 
 
-def written(path: Path, *others: Path) -> dict[str, Any]:
-    """Return what was found so far, there and in other parts, in the order of the catalogue."""
+def written(*parts: Path) -> dict[str, Any]:
+    """Return what was found so far, in all parts, in the order of the catalogue."""
     found: dict[str, Any] = {"faults": {}}
-    for part in (path, *others):
+    for part in parts:
         if part.exists():
             there = json.loads(part.read_text(encoding="utf-8"))
             found = found | there | {"faults": found["faults"] | there["faults"]}
@@ -98,7 +98,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     results = arguments.results
-    found = about() | (written(Path()) if arguments.fresh else written(results, *arguments.merge))
+    found = (written() if arguments.fresh else written(results)) | about()
     for fault in [] if arguments.merge else registered():
         name = f"{fault.area}: {fault.name}"
         if arguments.only in name:
