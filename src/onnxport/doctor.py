@@ -155,10 +155,7 @@ def _resident_bytes(pid: int) -> int | None:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
-    place = folder.absolute()
-    there = next(each for each in (place, *place.parents) if each.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file")
+    place, there = folder.absolute(), _existing(folder)
     free = shutil.disk_usage(there).free
     new = "" if there == place else f"; {place} will be made by training"
     yield Finding(
@@ -179,6 +176,19 @@ def _disk(folder: Path) -> Iterator[Finding]:
         ok=took < _SLOW_SYNC_S,
         advice="The disk is slow. Training does not wait for it, but the end of fit may.",
     )
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the next one above it that is there already.
+
+    Raises:
+        NotADirectoryError: If a file is in its way.
+    """
+    place = folder.absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file")
+    return there
 
 
 def _size(number: float) -> str:
@@ -250,6 +260,7 @@ def _server(uri: str) -> Iterator[Finding]:
         return
     place = without_password(uri)
     if (new := reachable.new_database(uri)) is not None:
+        _write_in(_existing(new.parent))
         yield Finding("MLflow", f"{new} is not there yet; the first run makes it")
         return
     if not reachable.can_be_asked(uri):

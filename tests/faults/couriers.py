@@ -6,19 +6,19 @@ import errno
 import shutil
 import signal
 import tempfile
-import threading
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faults.catalogue import CATALOGUE, PATIENT, Fault, Outcome
 from faults.disk import Rule, mounted
+from faults.ground import meanwhile
 from faults.leftovers import DAMAGE
 from onnxport import MLflow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import threading
+    from collections.abc import Callable
 
     from faults.catalogue import Run, Site
     from onnxport import OnnxExport
@@ -67,19 +67,6 @@ def _judged(site: Site, run: Run, fired: str, uri: str) -> Outcome:
     return outcome
 
 
-@contextmanager
-def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Do something in a thread, which is told when training is over."""
-    over = threading.Event()
-    thread = threading.Thread(target=work, args=(over,))
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def _process_of(export: OnnxExport, over: threading.Event) -> Any:
     """Wait for the process; ``None``: training is over."""
     while not over.wait(0.01):
@@ -101,7 +88,7 @@ def _is_signalled(site: Site, number: int) -> Outcome:
             process.send_signal(number)
             fired.append(signal.Signals(number).name)
 
-    with _meanwhile(send):
+    with meanwhile(send):
         run = site.train(export=export)
     return _judged(site, run, "; ".join(fired), uri)
 
@@ -124,7 +111,7 @@ def _note_is_damaged(site: Site, damage: Callable[[Path, Site], None]) -> Outcom
                 break
         process.send_signal(signal.SIGCONT)
 
-    with _meanwhile(harm):
+    with meanwhile(harm):
         run = site.train(export=export)
     return _judged(site, run, "; ".join(fired), uri)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
@@ -22,7 +24,7 @@ from onnxport import weights_sha256
 from onnxport.exporter.ownership import read_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from onnxport import ExportReport, OnnxExport
 
@@ -224,6 +226,19 @@ def false_reports(models: Path, reports: Sequence[ExportReport] = ()) -> list[st
             if digest != content["weights_sha256"]:
                 found.append(f"{path.name} is of other weights than the callback's report")
     return found
+
+
+@contextmanager
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Do something in a thread, which is told when what is done here is over."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def workers_of(pid: int = 0) -> list[int]:

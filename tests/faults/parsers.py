@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from faults.catalogue import Site
-from faults.leftovers import WaitsForFirst
-from onnxport import Background, MLflow
+from faults.leftovers import IMPATIENT, WaitsForFirst
+from onnxport import MLflow
 from onnxport.callbacks.owed import owed
 from onnxport.errors import OnnxportError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -99,7 +99,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     told, owing = (Site(folder / name, random.Random(0)) for name in "ab")  # noqa: S311
     server = MLflow(tracking_uri="http://127.0.0.1:9", register="m")
     told.train(export=told.export(background=False, mlflow=server))
-    owing.train(WaitsForFirst(owing), export=owing.export(background=Background(drain_s=0.0)))
+    owing.train(WaitsForFirst(owing), export=owing.export(background=IMPATIENT))
     (folder / "a.rung").write_text('{"rung": "trace"}')
     found = {
         name: [file.read_bytes() for file in sorted(folder.rglob(parser.seeds))]

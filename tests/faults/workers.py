@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from faults.catalogue import CATALOGUE, PATIENT, Fault, Outcome
-from faults.ground import Net, workers_of
+from faults.ground import Net, meanwhile, workers_of
 from onnxport import Background
 from onnxport.worker.client import worker_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from faults.catalogue import Site
 
@@ -156,37 +156,26 @@ def _springs(site: Site, what: str, core: str, times: int) -> Outcome:
 # --- signals ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def signalled(site: Site, number: int, stage: str, fired: list[str]) -> Iterator[None]:
+def _signal(over: threading.Event, site: Site, number: int, stage: str, fired: list[str]) -> None:
     """Send the worker a signal at a random moment of a stage (``""``: of any)."""
-    over = threading.Event()
     wait = site.random.uniform(0.0, 0.05 if stage else 1.5)
     worker = worker_for(PATIENT, 0)
-
-    def watch() -> None:
-        while not over.wait(0.001):
-            current = worker._queue.current
-            if current is not None and stage in {"", current.stage}:
-                time.sleep(wait)
-                pid = worker.pid
-                if pid is not None:
-                    fired.append(f"{signal.Signals(number).name} at {current.stage}")
-                    os.kill(pid, number)
-                    return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    while not over.wait(0.001):
+        current = worker._queue.current
+        if current is not None and stage in {"", current.stage}:
+            time.sleep(wait)
+            pid = worker.pid
+            if pid is not None:
+                fired.append(f"{signal.Signals(number).name} at {current.stage}")
+                os.kill(pid, number)
+                return
 
 
 def _is_signalled(site: Site, number: int, stage: str) -> Outcome:
     fired: list[str] = []
     before = set(workers_of())  # of other options; they end when they were idle for a while
-    with signalled(site, number, stage, fired):
+    work = partial(_signal, site=site, number=number, stage=stage, fired=fired)
+    with meanwhile(work):
         run = site.train()
     outcome = site.judge(run, "; ".join(fired))
     if len(found := [pid for pid in workers_of() if pid not in before]) > 1:

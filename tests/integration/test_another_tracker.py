@@ -56,7 +56,7 @@ def test_jobs_are_carried_out_by_any_tracker(tmp_path: Path) -> None:
 
     note = save_job(job(model, last=True, ended="FINISHED"))
     carried = courier.carry_out(note)  # the folder is not there yet
-    assert carried.left
+    assert (carried.left, carried.down) == (True, False)  # a folder, which is no server
     assert note.exists()
     (tmp_path / "kept").mkdir()
     carried = courier.carry_out(note)

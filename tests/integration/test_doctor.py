@@ -104,3 +104,11 @@ def test_a_folder_that_refuses_files_is_said(
     monkeypatch.setattr(doctor, "_write_in", refuse)
     writing = by_name(diagnose(tmp_path))["writing"]
     assert (writing.ok, writing.found) == (False, f"{tmp_path}: Permission denied")
+
+
+def test_a_database_that_cannot_be_made_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    uri = f"sqlite:///{tmp_path}/file/new/mlflow.db"
+    server = by_name(diagnose(tmp_path, tracking_uri=uri))["MLflow"]
+    assert not server.ok
+    assert "file is a file" in server.found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +156,38 @@ def test_a_system_without_threads_left_ends_no_training(
     outbox.close("FINISHED")
 
 
+def test_what_one_disk_refuses_holds_up_nothing_on_another_one(
+    address: RunAddress, report: ExportReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProcessOutbox, "_start", lambda _: None)
+    outbox = ProcessOutbox(address)
+    told: list[TrackingRecord] = []
+    jobs = []
+    for folder in (tmp_path / "bad", tmp_path / "good"):
+        folder.mkdir()
+        jobs.append(job_of("model", folder, report, address))
+        shutil.rmtree(folder)
+        outbox.submit(jobs[-1], told.append)
+    assert ["could not be noted" in record.missing for record in told] == [True, True]
+    (tmp_path / "good").mkdir()
+    assert outbox._note_late() == [job_path(jobs[1].model)]
+    outbox.close("FINISHED")
+
+
+def test_what_another_process_is_at_is_left_until_that_is_done(
+    address: RunAddress, report: ExportReport, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+    courier = Courier(lambda _: Tracker(tried, ValueError()))
+    note = save_job(job_of("good", tmp_path, report, address))
+    with note.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        carried = courier.carry_out(note, "there")
+        assert (carried.left, carried.record, tried) == (True, None, [])
+    assert not courier.carry_out(note, "there").left
+    assert tried == ["good"]
+
+
 class Tracker:
     """Refuses some models, for reasons of their own."""
 
@@ -184,11 +218,11 @@ def test_a_model_that_fails_alone_lets_no_others_wait(
     assert str(error) in answers[0]["record"]["missing"]
 
 
+@pytest.mark.parametrize("error", [ConnectionError("no way"), KeyError("run_id")], ids=repr)
 def test_while_a_server_is_down_each_failed_model_gets_its_turn(
-    address: RunAddress, report: ExportReport, tmp_path: Path
+    error: Exception, address: RunAddress, report: ExportReport, tmp_path: Path
 ) -> None:
     tried: list[str] = []
-    error = ConnectionError("no way")
     server = Server(Courier(lambda _: Tracker(tried, error)), lambda _: None)
     for name in ("bad", "good", "better"):
         server._carry_out(str(save_job(job_of(name, tmp_path, report, address))), "there", "")

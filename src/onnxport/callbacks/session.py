@@ -311,13 +311,13 @@ class ExportSession:
 
         self._turns.take(partial(self._begin, saved, finished, publish=False))
 
-    def try_early(self, saved: Saved, failed: Callable[[str], None]) -> None:
+    def try_early(self, saved: Saved, failed: Callable[[ExportReport], None]) -> None:
         """Prove that the module exports, as soon as calls were seen; once.
 
         Args:
             saved: The weights as they are, and where a model would go.
-            failed: Called, perhaps by another thread, with the reason if it does not export.
-                A worker or a disk that fails is no such reason.
+            failed: Called, perhaps by another thread, with the report if it does not export. A
+                worker or a disk that fails does not say that.
         """
         if self._preflight_begun or self._observer.choose() is None:
             return
@@ -329,9 +329,12 @@ class ExportSession:
             if report is None or report.ok:
                 return
             if report.code in {WorkerError.code, PublishError.code}:
-                logger.warning("Whether the module exports is not known yet: %s", report.error)
+                text = (
+                    "Whether the module exports is not known yet [%s]; each checkpoint tries it: %s"
+                )
+                logger.warning(text, report.code, report.error)
             else:
-                failed(report.error or "it does not export")
+                failed(report)
 
         self._turns.take(partial(self._begin, saved, finished, publish=False))
 

@@ -57,7 +57,9 @@ class Withdrawals:
                 withdraw_staged(path)
             if ours:
                 withdraw_model(path, known=known)
-            if not path.exists():
+            if path.exists():
+                self._free.discard(path)
+            else:
                 self._free.add(path)
         except OSError as error:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
@@ -111,4 +113,5 @@ class Withdrawals:
     def _remove(self, path: Path) -> None:
         remove_model(path, known=self._is_known(path))
         self._published.pop(path, None)
+        self._free.discard(path)
         self._stale.discard(path)

@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from onnxport._files import MOST_BYTES
-from onnxport.errors import TrackingError
+from onnxport.errors import OnnxportError, TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import ModelChangedError, without_password
 from onnxport.tracking.job import finish_job, read_job
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _OF_THE_SERVER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """Codes of MLflow's errors; those of its transport have the first one."""
-_OF_A_MODEL = ("builtins", "onnxport.", "onnx.", "google.protobuf.")
+_OF_A_MODEL = ("onnx.", "google.protobuf.")
 """Modules of errors that say something of one model."""
 _WHAT = "the logged model, its metrics and its version"
 
@@ -52,8 +52,8 @@ class Carried:
     """What came of a job.
 
     Args:
-        token: Of the job; ``""``: there was none, another process has it, or (where it is left) it
-            cannot be read now.
+        token: Of the job; ``""``: there was none, or (where it is left) it cannot be read now, or
+            another process has it.
         record: What the server holds now, with ``missing`` if it could not be done; ``None`` for a
             model that was removed.
         left: Whether it is still to be done.
@@ -96,8 +96,11 @@ class Courier:
             return Carried("", _failed_note(uri, text), left=True)
 
     def _carry_out(self, path: Path, uri: str | None) -> Carried:
-        file = _locked(path)
-        if file is None:
+        try:
+            file = _locked(path)
+        except BlockingIOError:  # another process is at it, and may die of it
+            return Carried(left=True)
+        except (FileNotFoundError, NotADirectoryError):
             return Carried()
         with file:
             seen = os.fstat(file.fileno())
@@ -161,19 +164,17 @@ def with_password(uri: str) -> str:
     return known if known and without_password(known) == uri else uri
 
 
-def _locked(path: Path) -> io.BufferedReader | None:
-    """Open a job for this process alone; ``None``: another one has it, or it is gone.
+def _locked(path: Path) -> io.BufferedReader:
+    """Open a job for this process alone.
 
     Where the system has no such locks (Windows), two processes may do the same work; each step of
     it looks before it creates.
 
     Raises:
-        OSError: If the disk does not let it be read.
+        BlockingIOError: If another process has it.
+        OSError: If it is gone, or the disk does not let it be read.
     """
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    file = path.open("rb")
     try:
         import fcntl
     except ImportError:
@@ -182,7 +183,7 @@ def _locked(path: Path) -> io.BufferedReader | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        return None
+        raise
     except OSError:  # some network disks have no locks either
         logger.debug("%s is not locked", path, exc_info=True)
     return file
@@ -191,15 +192,18 @@ def _locked(path: Path) -> io.BufferedReader | None:
 def _is_down(error: Exception) -> bool:
     """Tell an error of the server, or of the way there, from one of a single model.
 
-    MLflow's own errors have a code. What requests, urllib3, SQLAlchemy or a cloud's library raises
-    is of the way; a file that cannot be read, or is no model, is no reason to let others wait.
+    MLflow's own errors have a code. A file that cannot be read, or is no model, is no reason to let
+    others wait. All else is of the way: what a transport raises, or what comes of an answer that is
+    none (a ``KeyError``).
     """
     code = getattr(error, "error_code", None)
     if code is not None:
         return code in _OF_THE_SERVER
     if isinstance(error, (TrackingError, ConnectionError, TimeoutError)):
         return True
-    return not type(error).__module__.startswith(_OF_A_MODEL)
+    of_a_file = type(error).__module__ == "builtins" and isinstance(error, (OSError, ValueError))
+    ours = isinstance(error, OnnxportError)
+    return not (of_a_file or ours or type(error).__module__.startswith(_OF_A_MODEL))
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,6 @@ import base64
 import json
 import re
 import secrets
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +162,12 @@ def jobs_in(folders: Iterable[Path]) -> Iterator[Path]:
     found: dict[Path, int] = {}
     for folder in folders:
         for path in hidden_below(folder, UNTOLD):
-            with suppress(OSError):  # carried out meanwhile, or not to be read now
+            try:
                 found[path] = path.stat().st_mtime_ns
+            except FileNotFoundError:  # carried out meanwhile
+                continue
+            except OSError:  # whoever carries it out will say what is wrong with it
+                found[path] = 0
     yield from sorted(found, key=lambda path: (found[path], path))
 
 

@@ -119,12 +119,16 @@ class _Noted:
 
     def _note_late(self) -> list[Path]:
         """Write down what could not be before; return what the disk takes now."""
-        noted = []
+        noted: list[Path] = []
+        refused: set[Path] = set()
         for model, (job, told) in list(self._unnoted.items()):
+            if model.parent in refused:  # each refusal takes time
+                continue
             try:
                 path = save_job(job)
             except OSError:
-                break  # it would refuse the others, too, and each refusal takes time
+                refused.add(model.parent)
+                continue
             self._entries[path] = _Entry(job, told)
             self._unnoted.pop(model, None)
             noted.append(path)
@@ -295,7 +299,8 @@ class ProcessOutbox(_Noted):
                 self._entries[path].asked = False
             self._rests_until = 0.0  # there is no later
         if failed:
-            self._lines.put({"again": True})
+            with self._changed:
+                self._lines.put({"again": True})
             for path in failed:
                 self._ask(path)
             self._wait(end, tell)
@@ -400,6 +405,7 @@ class ProcessOutbox(_Noted):
                     start_new_session=True,
                 )
             self._process = process
+            event("courier.started", courier=process.pid)
             # The queue is given: when the thread looks, it may be that of the next process.
             for work, given in ((self._listen, (process,)), (self._write, (process, self._lines))):
                 threading.Thread(target=work, args=given, daemon=True).start()
@@ -407,9 +413,8 @@ class ProcessOutbox(_Noted):
             self._process = None
             if process is not None:
                 process.kill()
+                process.wait()
             logger.warning("The process that tells MLflow of models did not start: %s", error)
-            return
-        event("courier.started", courier=process.pid)
 
     def _write(self, process: subprocess.Popen[str], lines: _Lines) -> None:
         """Pass lines on; a process that does not read must not hold training up."""

@@ -432,13 +432,13 @@ class OnnxExport(metaclass=FrameworkAware):
             saved = Saved(state=state, path=path, origin=origin, module=module)
             session.try_early(saved, self._no_export)
 
-    def _no_export(self, reason: str) -> None:
-        what = f"The module does not export [{ExportError.code}]"
-        message = f"{what}, so no checkpoint will get a model: {reason}"
+    def _no_export(self, report: ExportReport) -> None:
+        what = f"The module does not export [{report.code}]"
+        message = f"{what}, so no checkpoint will get a model: {report.error}"
         if self.preflight == "warn":
             logger.warning("%s Training goes on.", message)
         else:
-            self._early_failure = ExportError(message)
+            self._early_failure = ExportError(message, report)
 
     # --- checkpoints ------------------------------------------------------------------------
 
