@@ -182,6 +182,20 @@ def test_a_model_whose_report_is_refused_does_not_stay(tmp_path: Path) -> None:
     assert not (kept / "last.onnx").exists()
 
 
+def test_who_has_published_a_model_takes_it_back_if_its_report_is_refused(tmp_path: Path) -> None:
+    with mounted(tmp_path) as disk:
+        disk.fail(
+            Rule(operations=("create",), match="*.onnx.json", times=-1, error=errno.ENOSPC),
+            Rule(operations=("open", "read"), match="m.onnx", times=-1, error=errno.EIO),
+        )
+        with pytest.raises(onnxport.OnnxportError, match="No space left"):
+            onnxport.export(
+                torch.nn.Linear(2, 2), torch.zeros(3, 2), disk.folder / "m.onnx", core="trace"
+            )
+        assert disk.fired
+        assert list(disk.kept.glob("m.onnx*")) == []
+
+
 def test_what_cannot_be_read_is_ours_where_nothing_was_before(tmp_path: Path) -> None:
     made = tmp_path / "made.onnx"
     onnxport.export(torch.nn.Linear(2, 2), torch.zeros(3, 2), made, core="trace")
