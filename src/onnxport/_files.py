@@ -24,6 +24,7 @@ __all__ = [
     "BEGUN",
     "MOST_BYTES",
     "OWED",
+    "REFUSED",
     "UNTOLD",
     "Ticket",
     "ending_of",
@@ -37,9 +38,10 @@ __all__ = [
     "sync",
 ]
 
-OWED, UNTOLD = ".pending", ".tracking"
-NOTES = (OWED, UNTOLD)
-"""Hidden files beside a model: it is still to be made; a server is still to be told of it."""
+OWED, UNTOLD, REFUSED = ".pending", ".tracking", ".refused"
+NOTES = (OWED, UNTOLD, REFUSED)
+"""Hidden files beside a model: it is still to be made; a server is still to be told of it. Beside a
+checkpoint: the folder of its model has refused the first."""
 BEGUN = ".tmp"
 MOST_BYTES = 1 << 26
 """What a report, a note or a job can hold at most."""

@@ -13,6 +13,7 @@ import onnxport
 from faults.disk import Rule, mounted, why_not
 from faults.ground import EVERY, left_behind, missing, train, undisturbed, wrong_models
 from onnxport import OnnxExport, PublishError
+from onnxport.callbacks.refused import keep
 from onnxport.callbacks.withdrawals import Withdrawals
 from onnxport.exporter import writer
 from onnxport.exporter.writer import withdraw_model
@@ -227,3 +228,82 @@ def test_a_model_that_the_disk_may_not_hold_is_not_published(
         with pytest.raises(PublishError, match="Input/output error"):
             writer.publish(staged, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+EVERYTHING = Rule(
+    operations=("create", "mkdir", "write", "rename", "unlink", "sync"),
+    match="models*",
+    times=-1,
+    error=errno.EROFS,
+)
+
+
+def trained(
+    checkpoints: Path, models: Path, *callbacks: Any, steps: int, background: Any = False
+) -> list[Any]:
+    export = OnnxExport(core="trace", mlflow=False, background=background, dirpath=models)
+    run = train(checkpoints, export, *callbacks, steps=steps)
+    assert run.error is None
+    assert tuple(run.losses) == undisturbed(steps)
+    return run.reports
+
+
+@pytest.mark.worker
+@pytest.mark.parametrize("background", [False, True])
+def test_what_a_folder_of_models_refuses_to_the_end_is_noted_beside_the_checkpoints(
+    background: bool, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+        never = 99
+        refuses = Refuses(disk, (EVERYTHING,), (3, never))
+        reports = trained(checkpoints, models, refuses, steps=8, background=background)
+        assert disk.fired
+        disk.fail()
+        refused = [report for report in reports if not report.ok]
+        assert all("The next fit with this checkpoint folder" in str(r.error) for r in refused)
+        if not background:  # a worker may have made nothing before
+            # Nobody could take away what is of older weights now.
+            assert wrong_models(models, checkpoints) != []
+        said = onnxport.resume(checkpoints)
+        saved = set(map(str, checkpoints.glob("*.ckpt")))
+        if background:  # and what was on its way is noted still
+            saved.discard(str(checkpoints / "last.ckpt"))
+        assert {report.checkpoint for report in said} >= saved
+        assert all("has taken no note" in str(report.error) for report in said)
+
+        again = trained(checkpoints, models, steps=10)
+        assert [report.error for report in again if not report.ok] == []
+        assert wrong_models(models, checkpoints) + missing(models, checkpoints) == []
+        assert left_behind(models) + left_behind(checkpoints) == []
+
+
+def test_notes_beside_checkpoints_go_once_the_folder_of_models_takes_them(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+        trained(checkpoints, models, Refuses(disk, (EVERYTHING,), (3, 7)), steps=8)
+        assert wrong_models(models, checkpoints) == []
+        assert left_behind(checkpoints) == []
+        trained(checkpoints, models, steps=10)
+        assert missing(models, checkpoints) + left_behind(models) == []
+
+
+def test_a_note_beside_a_checkpoint_touches_nothing_outside_of_the_folders_of_the_run(
+    tmp_path: Path,
+) -> None:
+    checkpoints, models = tmp_path / "checkpoints", tmp_path / "models"
+    checkpoints.mkdir()
+    (checkpoints / "last.ckpt").touch()
+    outside = tmp_path / "elsewhere" / "last.onnx"
+    outside.parent.mkdir()
+    onnxport.export(torch.nn.Linear(2, 2), torch.zeros(3, 2), outside, core="trace")
+    note = keep(outside, "", str(checkpoints / "last.ckpt"))
+    assert note is not None
+    damaged = checkpoints / ".x.onnx.12345678.refused"
+    damaged.write_text("[]")
+    trained(checkpoints, models, steps=6)
+    assert outside.exists()
+    assert note.exists()
+    assert not list(outside.parent.glob(".*"))

@@ -20,6 +20,7 @@ import torch
 from onnxport._files import (
     BEGUN,
     OWED,
+    REFUSED,
     UNTOLD,
     Ticket,
     ending_of,
@@ -142,7 +143,7 @@ def note(
     return True
 
 
-def note_anew(model: Path, name: str, checkpoint: str) -> None:
+def note_anew(model: Path, name: str, checkpoint: str) -> bool:
     """Note that a checkpoint will be another one, or none: who makes its model stops then.
 
     What was noted of the older one must not be taken for the next, also where the disk refuses.
@@ -151,9 +152,14 @@ def note_anew(model: Path, name: str, checkpoint: str) -> None:
         model: Where the model lies, or will lie.
         name: Of the target.
         checkpoint: Path of the checkpoint.
+
+    Returns:
+        Whether it is noted.
     """
-    if not note(model, name, Provenance(checkpoint=checkpoint)):
+    noted = note(model, name, Provenance(checkpoint=checkpoint))
+    if not noted:
         settle(model)
+    return noted
 
 
 def ticket(model: Path) -> Ticket | None:
@@ -234,7 +240,7 @@ def used_below(root: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(root):
         staged = [name for name in (*folders, *names) if name.startswith(STAGING)]
         folders[:] = [name for name in folders if name not in staged]  # somebody may work there
-        marks = (OWED, UNTOLD, _TEMPLATE, BEGUN)
+        marks = (OWED, UNTOLD, REFUSED, _TEMPLATE, BEGUN)
         if staged or any(name.startswith(".") and name.endswith(marks) for name in names):
             yield Path(place)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxport.callbacks.owed import NO_USE, owed, settle, sweep, used_below
+from onnxport.callbacks.refused import refused
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
 from onnxport.exporter.checkpoint_file import is_checkpoint, read_state_dict
@@ -90,6 +91,9 @@ def resume(
             remove_model(debt.model)
             continue
         made(report)
+    for note in refused([root]):
+        why = f"{note.model.parent} has taken no note of {note.model.name}. {_NEXT_FIT}"
+        made(ExportReport.of_failure(why, Provenance(checkpoint=str(note.checkpoint))))
     sweep(used_below(root))
     return reports
 

@@ -38,6 +38,7 @@ from onnxport.callbacks.owed import (
 )
 from onnxport.callbacks.paths import is_model_of
 from onnxport.callbacks.reference import Reference
+from onnxport.callbacks.refused import hand_in
 from onnxport.callbacks.runner import InlineRunner, Outcome
 from onnxport.callbacks.turns import Turns
 from onnxport.callbacks.unnoted import Unnoted
@@ -261,6 +262,8 @@ class ExportSession:
             seconds["total"] = time.perf_counter() - start
             if report.ok:
                 self._withdrawals.published(path)
+            if report.ok and self._latest[path].place == place:
+                self._unnoted.settle(path)
             if report.ok and self._remote is not None:  # an upload may take long
                 report = self._remote.deliver(report, path)
                 if report is None:
@@ -353,6 +356,8 @@ class ExportSession:
         if self._recovered or self._observer.choose() is None:
             return
         self._recovered = True
+        folders = list(folders)
+        hand_in(folders, self._name)
         for debt in list(owed(folders, self._name, _say_unclear)):
             path, origin, file = debt.model, debt.origin, debt.checkpoint
             if path in self._latest:  # of this run, and on its way
@@ -441,7 +446,10 @@ class ExportSession:
     def _withdraw(self, path: Path, checkpoint: str) -> None:
         self._unnoted.forget(path)
         self._try_again()
-        self._withdrawals.withdraw(path, checkpoint)
+        if self._withdrawals.withdraw(path, checkpoint):
+            self._unnoted.settle(path)
+        else:
+            self._unnoted.refused(path, checkpoint)
         self._runner.forget(path)
 
     def _try_again(self) -> None:
@@ -507,10 +515,10 @@ class ExportSession:
 
     def _way_out(self, path: Path) -> str:
         """Return a sentence on who makes a model that is owed."""
-        if not is_owed(path):
+        if not is_owed(path) and not self._unnoted.is_beside(path):
             return ""
         resume = f"`onnxport resume {path.parent}` or the next fit"
-        if not template_path(path, self._id).exists():
+        if not is_owed(path) or not is_there(template_path(path, self._id)):
             resume = "The next fit"  # there is no graph that weights could be filled into
         return f" {resume} with this checkpoint folder makes it."
 

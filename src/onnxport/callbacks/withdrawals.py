@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxport._events import event
 from onnxport._files import identity_of
-from onnxport.callbacks.owed import note_anew
+from onnxport.callbacks.owed import is_owed, note_anew
 from onnxport.callbacks.paths import is_model_of
 from onnxport.exporter.ownership import cannot_be_read
 from onnxport.exporter.writer import remove_model, withdraw_model, withdraw_staged
@@ -38,14 +38,17 @@ class Withdrawals:
         with suppress(OSError):  # it is gone already
             self._published[path] = identity_of(path)
 
-    def withdraw(self, path: Path, checkpoint: str) -> None:
+    def withdraw(self, path: Path, checkpoint: str) -> bool:
         """A checkpoint is about to change, or to be removed: its model is not what has its name.
 
         Args:
             path: The model; files that are none of ours stay.
             checkpoint: The checkpoint.
+
+        Returns:
+            Whether whoever comes next learns of it in the folder of the model.
         """
-        ours = False
+        ours, noted = False, True
         self._stale.discard(path)
         try:
             known = self._is_known(path)
@@ -53,7 +56,7 @@ class Withdrawals:
             tries = 2 if path.exists() else 1
             ours = known or any(is_model_of(path, Path(checkpoint)) for _ in range(tries))
             if ours or not path.exists():
-                note_anew(path, self._name, checkpoint)
+                noted = note_anew(path, self._name, checkpoint)
                 withdraw_staged(path)
             if ours:
                 withdraw_model(path, known=known)
@@ -63,10 +66,12 @@ class Withdrawals:
                 self._free.add(path)
         except OSError as error:
             logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
+            noted = is_owed(path)
         else:
             if ours:
                 event("model.withdrawn", model=path, checkpoint=checkpoint)
         self._withdrawn[path] = ours
+        return noted
 
     def _is_known(self, path: Path) -> bool:
         """Tell whether a file is ours, also if it cannot be read.
