@@ -6,10 +6,12 @@ import json
 import logging
 import re
 
-__all__ = ["event"]
+__all__ = ["NOT_WANTED", "event"]
 
 logger = logging.getLogger("onnxport.events")
 
+NOT_WANTED = "its checkpoint was saved again, or is gone"
+"""Why nobody makes a model that was begun."""
 _PLAIN = re.compile(r"[\w./:+@%=-]+", re.ASCII)
 """A value that needs no quotes; names of files may hold anything, line ends included."""
 

@@ -7,7 +7,7 @@ survives pickling on its way out of another process.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -38,7 +38,7 @@ class OnnxportError(Exception):
         code: Names its page in ``docs/errors``.
     """
 
-    code: ClassVar[str] = UNEXPECTED
+    code: str = UNEXPECTED
 
 
 def code_of(error: BaseException) -> str:
@@ -79,6 +79,7 @@ class ExportError(OnnxportError, RuntimeError):
     """No core produced a model that passed the proof.
 
     Attributes:
+        code: That of the report, if there is one.
         report: The failed report, with one attempt per core, or ``None``.
     """
 
@@ -87,6 +88,8 @@ class ExportError(OnnxportError, RuntimeError):
     def __init__(self, message: str, report: ExportReport | None = None) -> None:
         super().__init__(message, report)
         self.report = report
+        if report is not None and report.code is not None:
+            self.code = report.code  # a full disk, or no call that was seen, is no fault of a core
 
     @override
     def __str__(self) -> str:

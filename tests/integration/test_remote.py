@@ -196,6 +196,8 @@ def test_a_failed_upload_leaves_no_model_of_older_weights(
 def test_a_remote_folder_for_all_models_is_refused() -> None:
     with pytest.raises(onnxport.ConfigurationError, match="must be a folder of this machine"):
         OnnxExport(dirpath="s3://bucket/models")
+    with pytest.raises(onnxport.ConfigurationError, match="must be a folder, got 3"):
+        OnnxExport(dirpath=3)
 
 
 def test_nothing_of_a_callback_binds_it_to_this_process(tmp_path: Path, bucket: str) -> None:

@@ -46,6 +46,12 @@ def test_an_export_error_shows_its_text_only_and_holds_its_report() -> None:
     assert ExportError("No model.").report is None
 
 
+def test_an_export_error_has_the_code_of_its_report() -> None:
+    full = ExportReport(ok=False, error="The disk is full.", code=errors.PublishError.code)
+    assert ExportError("No model.", full).code == "OX500"
+    assert errors.code_of(ExportError("No model.")) == ExportError.code == "OX300"
+
+
 def test_a_verification_error_shows_its_text_only_and_holds_its_checks() -> None:
     error = VerificationError("They differ.", (CHECK,))
     assert str(error) == "They differ."

@@ -133,7 +133,7 @@ def test_two_stagings_of_one_model_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_folder_is_told_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("in the way", encoding="utf-8")
-    match = r"Cannot write to .*models: (File exists|Not a directory)\. .*dirpath="
+    match = r"Cannot write to .*models: a file is where the folder would be\. .*dirpath="
     with (
         pytest.raises(PublishError, match=match) as caught,
         staging(tmp_path / "models" / "model.onnx"),

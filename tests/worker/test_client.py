@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -93,7 +94,10 @@ def test_an_idle_worker_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert worker.pid is None
 
 
-def test_a_later_order_for_the_same_file_replaces_one_that_waits(tmp_path: Path) -> None:
+def test_a_later_order_for_the_same_file_replaces_one_that_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="onnxport.events")
     worker, results = Worker(Background()), []
     for number in (0, 1, 1, 1):
         worker.submit(order(tmp_path, number, results))
@@ -101,6 +105,10 @@ def test_a_later_order_for_the_same_file_replaces_one_that_waits(tmp_path: Path)
     assert worker.wait("s", 120.0) == []
     assert {result.number for result in results} == {1}
     assert len(results) <= 2  # the first may have been begun already
+    dropped = [
+        record for record in caplog.records if getattr(record, "event", "") == "model.dropped"
+    ]
+    assert len(results) + len(dropped) == 4
     worker.close()
 
 

@@ -100,6 +100,8 @@ class KeptReports:
             index = bisect(self._places, place) - 1
             if index < 0 or self._places[index] != place:
                 return None
+            if self.reports[index].tracking == record:  # it is tried again and again
+                return self.reports[index]
             report = self.reports[index] = self.reports[index].with_tracking(record)
         told = "server.missing" if record.missing else "server.told"
         event(

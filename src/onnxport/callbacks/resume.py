@@ -141,7 +141,9 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
     if debt.replaced:
         raise ExportError(f"{debt.checkpoint} is another one than when its model was noted.")
     if debt.reference is None:
-        raise ExportError(f"Nothing says what the module computes with {debt.checkpoint}.")
+        raise ExportError(
+            f"Training ended before it was noted what the module computes with {debt.checkpoint}."
+        )
     if debt.template is None:
         raise ExportError("The target is a wrapper around the module, which is needed for it.")
     if debt.template not in pipelines:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxport._events import event
+from onnxport._events import NOT_WANTED, event
 from onnxport._files import is_there
 from onnxport._signals import is_of_handler
 from onnxport._torch_compat import plain_name
@@ -257,7 +257,7 @@ class ExportSession:
             if self._latest[path].place == place and paid:
                 settle(path)
             if report is None:
-                event("model.dropped", model=path, reason="its checkpoint is gone")
+                event("model.dropped", model=path, reason=NOT_WANTED)
                 return
             seconds["total"] = time.perf_counter() - start
             if report.ok:

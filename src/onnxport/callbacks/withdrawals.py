@@ -31,10 +31,12 @@ class Withdrawals:
         self._published: dict[Path, tuple[int, ...]] = {}
         self._stale: set[Path] = set()
         self._free: set[Path] = set()
+        self._said: set[Path] = set()
 
     def published(self, path: Path) -> None:
         """A proven model is there now: it is ours, also if the disk does not let it be read."""
         self._stale.discard(path)
+        self._said.discard(path)
         with suppress(OSError):  # it is gone already
             self._published[path] = identity_of(path)
 
@@ -65,9 +67,10 @@ class Withdrawals:
             else:
                 self._free.add(path)
         except OSError as error:
-            logger.warning("%s may hold older weights than %s: %s", path, checkpoint, error)
+            self._say(path, f"{path} may hold older weights than {checkpoint}: {error}")
             noted = is_owed(path)
         else:
+            self._said.discard(path)
             if ours:
                 event("model.withdrawn", model=path, checkpoint=checkpoint)
         self._withdrawn[path] = ours
@@ -83,6 +86,12 @@ class Withdrawals:
             if self._published.get(path) == identity_of(path):
                 return True
         return path in self._free and cannot_be_read(path)
+
+    def _say(self, path: Path, text: str) -> None:
+        """Say once what stays although it should not; a disk refuses the same at each save."""
+        level = logging.DEBUG if path in self._said else logging.WARNING
+        self._said.add(path)
+        logger.log(level, "%s", text)
 
     def forget(self, path: Path) -> bool | None:
         """Tell whether a model was withdrawn that was of its checkpoint, for the last time.
@@ -103,7 +112,7 @@ class Withdrawals:
         try:
             self._remove(path)
         except OSError as error:
-            logger.warning("%s was not removed, and is of no checkpoint: %s", path, error)
+            self._say(path, f"{path} is of older weights, or of none, and stays: {error}")
             if again:
                 self._stale.add(path)
 
@@ -120,3 +129,4 @@ class Withdrawals:
         self._published.pop(path, None)
         self._free.discard(path)
         self._stale.discard(path)
+        self._said.discard(path)

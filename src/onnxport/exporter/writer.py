@@ -72,9 +72,10 @@ def staging(final: Path) -> Iterator[Path]:
         sweep(final.parent)
         folder, lock = _locked_folder(final.parent)
     except OSError as error:
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        why = "a file is where the folder would be" if in_the_way else error.strerror or error
         raise PublishError(
-            f"Cannot write to {final.parent}: {error.strerror or error}. "
-            "Give a writable folder with dirpath=."
+            f"Cannot write to {final.parent}: {why}. Give a writable folder with dirpath=."
         ) from error
     try:
         yield folder / final.name

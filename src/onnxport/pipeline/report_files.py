@@ -30,11 +30,15 @@ def read_report(path: Path) -> ExportReport | None:
 
 
 def save_report(report: ExportReport, path: Path) -> None:
-    """Write the report beside the model; a disk that does not take it is logged."""
+    """Write the report beside the model; a disk that does not take it is logged.
+
+    A report that says the same of the disk is the warning.
+    """
     try:
         write_report(report, path)
     except (OnnxportError, OSError) as error:
-        logger.warning("The report of %s was not written: %s", path, error)
+        level = logging.DEBUG if report.code == PublishError.code else logging.WARNING
+        logger.log(level, "The report of %s was not written: %s", path, error)
 
 
 def write_report(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxport._events import NOT_WANTED, event
 from onnxport.errors import WorkerError
 from onnxport.exporter.checkpoint_file import is_readable
 from onnxport.exporter.skeleton import pickle_by_value
@@ -174,12 +175,13 @@ class Worker:
             self._changed.notify_all()
 
     def forget(self, path: Path) -> None:
-        """A checkpoint was removed: what waits for its model is dropped, silently."""
+        """A checkpoint was removed: what waits for its model is dropped, with no report."""
         with self._changed:
             self._drop_waiting(path)
             current = self._queue.current
             if current is not None and current.job.path == path:
                 current.dropped = current.forgotten = True
+                _say_dropped(current)
 
     def unfinished(self, session: str | None = None) -> list[Order]:
         """Return the orders that are not done, the current one first."""
@@ -293,6 +295,7 @@ class Worker:
             self._queue.waiting.remove(order)
             order.dropped = True
             order.finish(WorkerError("dropped"))
+            _say_dropped(order)
 
     def _look_after(self) -> None:
         try:
@@ -415,6 +418,11 @@ class Worker:
                 order.job = replace(job, skip=job.skip | {rung})
                 self._deadly[job.session, rung] += 1
             raise
+
+
+def _say_dropped(order: Order) -> None:
+    if not order.job.only_try:
+        event("model.dropped", model=order.job.path, reason=NOT_WANTED)
 
 
 def _without_some(done: Done, skip: frozenset[str]) -> Done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from contextlib import contextmanager
@@ -64,7 +65,6 @@ from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from onnxport.callbacks.runner import Runner
@@ -172,6 +172,8 @@ class OnnxExport(metaclass=FrameworkAware):
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         require_choice("on_error", on_error, ("warn", "raise"))
+        if not isinstance(dirpath, (str, os.PathLike, type(None))):
+            raise ConfigurationError(f"dirpath= must be a folder, got {dirpath!r}.")
         if dirpath is not None and is_remote(dirpath):
             raise ConfigurationError(
                 f"dirpath= must be a folder of this machine, got {str(dirpath)!r}. Without it, "
