@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 import onnxport
 from faults.disk import Rule, mounted, why_not
-from faults.ground import EVERY, left_behind, missing, train, undisturbed, wrong_models
+from faults.ground import EVERY, Net, left_behind, missing, train, undisturbed, wrong_models
 from onnxport import OnnxExport, PublishError
-from onnxport.callbacks.refused import keep
+from onnxport.callbacks.owed import is_owed
+from onnxport.callbacks.refused import hand_in, keep
 from onnxport.callbacks.withdrawals import Withdrawals
 from onnxport.exporter import writer
 from onnxport.exporter.writer import withdraw_model
@@ -262,7 +265,10 @@ def test_what_a_folder_of_models_refuses_to_the_end_is_noted_beside_the_checkpoi
         assert disk.fired
         disk.fail()
         refused = [report for report in reports if not report.ok]
-        assert all("The next fit with this checkpoint folder" in str(r.error) for r in refused)
+        assert refused
+        assert list(checkpoints.glob(".*.refused"))
+        said = [str(report.error) for report in refused]
+        assert [text for text in said if "The next fit with this checkpoint" not in text] == []
         if not background:  # a worker may have made nothing before
             # Nobody could take away what is of older weights now.
             assert wrong_models(models, checkpoints) != []
@@ -283,27 +289,186 @@ def test_notes_beside_checkpoints_go_once_the_folder_of_models_takes_them(tmp_pa
     checkpoints = tmp_path / "checkpoints"
     with mounted(tmp_path / "bad") as disk:
         models = disk.folder / "models"
-        trained(checkpoints, models, Refuses(disk, (EVERYTHING,), (3, 7)), steps=8)
+
+        class Looks(Callback):
+            found = 0
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                self.found = max(self.found, len(list(checkpoints.glob(".*.refused"))))
+
+        looks = Looks()
+        trained(checkpoints, models, Refuses(disk, (EVERYTHING,), (3, 7)), looks, steps=8)
+        assert looks.found
         assert wrong_models(models, checkpoints) == []
         assert left_behind(checkpoints) == []
         trained(checkpoints, models, steps=10)
         assert missing(models, checkpoints) + left_behind(models) == []
 
 
-def test_a_note_beside_a_checkpoint_touches_nothing_outside_of_the_folders_of_the_run(
-    tmp_path: Path,
-) -> None:
-    checkpoints, models = tmp_path / "checkpoints", tmp_path / "models"
-    checkpoints.mkdir()
-    (checkpoints / "last.ckpt").touch()
-    outside = tmp_path / "elsewhere" / "last.onnx"
-    outside.parent.mkdir()
-    onnxport.export(torch.nn.Linear(2, 2), torch.zeros(3, 2), outside, core="trace")
-    note = keep(outside, "", str(checkpoints / "last.ckpt"))
+def test_what_a_new_folder_of_models_refuses_from_the_beginning_is_noted(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+        disk.fail(EVERYTHING)
+        trained(checkpoints, models, steps=2)
+        disk.fail()
+        assert len(list(checkpoints.glob(".*.refused"))) == 2
+        trained(checkpoints, models, steps=4)
+        assert missing(models, checkpoints) + left_behind(checkpoints) == []
+
+
+def test_nothing_is_owed_of_what_no_model_is_wanted_of(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        disk.fail(EVERYTHING)
+        export = OnnxExport(
+            core="trace", mlflow=False, background=False, dirpath=disk.folder / "models", when="end"
+        )
+        train(checkpoints, export, steps=8)
+        assert len(list(checkpoints.glob(".*.refused"))) <= 1  # of the best
+
+
+def test_a_module_that_does_not_export_is_owed_nothing(tmp_path: Path) -> None:
+    class Never(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.jit.is_tracing():
+                raise RuntimeError("never exports")
+            return super().forward(x)
+
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+        disk.fail(Rule(operations=("create",), match="models/.*pending*", times=-1))
+        export = OnnxExport(core="trace", mlflow=False, background=False, dirpath=models)
+        run = train(checkpoints, export, steps=4, make=Never)
+        assert disk.fired
+        assert {report.code for report in run.reports} == {"OX300"}
+        assert left_behind(checkpoints) == []
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A checkpoint, and in another folder an older model of it; a note of that."""
+    checkpoint, model = tmp_path / "c" / "last.ckpt", tmp_path / "m" / "last.onnx"
+    run = train(
+        checkpoint.parent,
+        OnnxExport(core="trace", mlflow=False, background=False, dirpath=model.parent),
+        steps=2,
+    )
+    assert run.error is None
+    assert model.exists()
+    note = keep(model, "", str(checkpoint))
     assert note is not None
-    damaged = checkpoints / ".x.onnx.12345678.refused"
-    damaged.write_text("[]")
-    trained(checkpoints, models, steps=6)
-    assert outside.exists()
-    assert note.exists()
-    assert not list(outside.parent.glob(".*"))
+    return checkpoint, model, note
+
+
+def unknown(_: Path, __: Path) -> bool:
+    return False
+
+
+def test_an_older_model_is_withdrawn_and_owed(older: tuple[Path, Path, Path]) -> None:
+    checkpoint, model, note = older
+    hand_in([checkpoint.parent], "", lambda _: model, unknown)
+    assert not model.exists()
+    assert is_owed(model)
+    assert not note.exists()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_folders_may_be_moved_meanwhile(older: tuple[Path, Path, Path], together: bool) -> None:
+    checkpoint, model, _ = older
+    if together:
+        root = checkpoint.parents[1] / "moved"
+        root.mkdir()
+        model.parent.rename(root / "m")
+        model = root / "m" / model.name
+    else:
+        root = checkpoint.parents[1]
+        (root / "elsewhere").mkdir()
+    folder = checkpoint.parent.rename(root / ("c" if together else "elsewhere/c"))
+    hand_in([folder], "", lambda _: model, unknown)
+    assert not model.exists()
+    assert is_owed(model)
+    assert left_behind(folder) == []
+
+
+def test_an_older_model_goes_with_its_checkpoint(older: tuple[Path, Path, Path]) -> None:
+    checkpoint, model, note = older
+    checkpoint.unlink()
+    hand_in([checkpoint.parent], "", lambda _: model, unknown)
+    assert not model.exists()
+    assert not is_owed(model)
+    assert not note.exists()
+
+
+def test_a_model_that_this_run_has_made_stays(older: tuple[Path, Path, Path]) -> None:
+    checkpoint, model, note = older
+    asked = []
+    hand_in([checkpoint.parent], "", lambda _: model, lambda *found: not asked.append(found))
+    assert asked == [(model, note)]
+    assert model.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"checkpoint": "\\u0000", "name": "", "model": ""}']
+)
+def test_a_damaged_note_is_guessed_from_its_name(
+    older: tuple[Path, Path, Path], content: str
+) -> None:
+    checkpoint, model, note = older
+    note.write_text(content)
+    hand_in([checkpoint.parent], "", lambda _: model, unknown)
+    assert is_owed(model)
+    assert not note.exists()
+
+
+def test_a_note_touches_nothing_that_is_no_place_of_this_run(
+    older: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    checkpoint, model, note = older
+    (note.parent / f"{note.name}.tmp").touch()  # who wrote it was killed
+    other = tmp_path / "another" / model.name
+    hand_in([checkpoint.parent], "", lambda _: other, unknown)
+    assert model.exists()
+    assert not other.parent.exists()
+    assert [path.name for path in note.parent.glob(".*")] == [note.name]
+    (report,) = onnxport.resume(checkpoint.parent)
+    assert f"Remove {note}" in str(report.error)
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    checkpoint, model = tmp_path / "c" / "last.ckpt", tmp_path / "m" / "last.onnx"
+    for file in (checkpoint, model):
+        file.parent.mkdir()
+        file.write_bytes(b"of somebody else")
+    note = keep(model, "", str(checkpoint))
+    hand_in([checkpoint.parent], "", lambda _: model, unknown)
+    assert model.read_bytes() == b"of somebody else"
+    assert note is not None
+    assert not note.exists()
+
+
+def test_one_callback_does_not_make_the_models_of_another(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with mounted(tmp_path / "bad") as disk:
+        models = disk.folder / "models"
+
+        def exports() -> list[OnnxExport]:
+            options = {"core": "trace", "mlflow": False, "background": False}
+            half = OnnxExport(dirpath=models / "half", precision="fp16", **options)
+            return [OnnxExport(dirpath=models, **options), half]
+
+        disk.fail(EVERYTHING)
+        first, second = exports()
+        train(checkpoints, first, second, steps=4)
+        disk.fail()
+        first, second = exports()
+        train(checkpoints, first, second, steps=6)
+        kinds = {
+            path: facts.graph.output[0].type.tensor_type.elem_type
+            for path in models.rglob("*.onnx")
+            for facts in [onnx.load(path)]
+        }
+        assert len(kinds) > 4
+        for path, kind in kinds.items():
+            assert (kind == onnx.TensorProto.FLOAT16) == (path.parent.name == "half")

@@ -16,6 +16,7 @@ from onnxport.exporter.global_state import preserved_globals
 
 def test_what_would_change_the_numbers_of_training_is_put_back() -> None:
     torch.set_num_threads(2)
+    torch.distributions.Distribution.set_default_validate_args(True)  # whoever ran before
     before = (torch.get_default_dtype(), torch.get_num_threads(), random.getstate())
     draws = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     with preserved_globals():

@@ -92,7 +92,8 @@ def resume(
             continue
         made(report)
     for note in refused([root]):
-        why = f"{note.model.parent} has taken no note of {note.model.name}. {_NEXT_FIT}"
+        why = f"The folder of {note.model} (dirpath=) has taken no note of it. {_NEXT_FIT} "
+        why += f"Remove {note.file}, and it is owed no more."
         made(ExportReport.of_failure(why, Provenance(checkpoint=str(note.checkpoint))))
     sweep(used_below(root))
     return reports
@@ -142,7 +143,8 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
         raise ExportError(f"{debt.checkpoint} is another one than when its model was noted.")
     if debt.reference is None:
         raise ExportError(
-            f"Training ended before it was noted what the module computes with {debt.checkpoint}."
+            f"It is not noted what the module computes with {debt.checkpoint}: training ended "
+            "before that, it ran on a GPU, or the result has more than 16 MB."
         )
     if debt.template is None:
         raise ExportError("The target is a wrapper around the module, which is needed for it.")

@@ -254,22 +254,20 @@ class ExportSession:
             # have more.
             refused = report is not None and report.code in _MAY_PASS
             paid = report is None or report.ok or (alive and not refused)
-            if self._latest[path].place == place and paid:
+            latest = self._latest[path].place == place
+            if latest and paid:
                 settle(path)
             if report is None:
                 event("model.dropped", model=path, reason=NOT_WANTED)
                 return
             seconds["total"] = time.perf_counter() - start
             if report.ok:
-                self._withdrawals.published(path)
-            if report.ok and self._latest[path].place == place:
-                self._unnoted.settle(path)
+                self._made(path, latest=latest)
             if report.ok and self._remote is not None:  # an upload may take long
                 report = self._remote.deliver(report, path)
                 if report is None:
                     return
             elif not report.ok:
-                latest = self._latest[path].place == place
                 report = self._refuse(path, origin, report, owed=refused, latest=latest)
             self._kept.keep(report, seconds, place)
             if report.ok and self._outbox is not None:
@@ -281,6 +279,11 @@ class ExportSession:
         event("model.begun", model=path, checkpoint=origin.checkpoint, step=origin.global_step)
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
+
+    def _made(self, path: Path, *, latest: bool) -> None:
+        self._withdrawals.published(path)
+        if latest:
+            self._unnoted.settle(path)
 
     def _refuse(
         self, path: Path, origin: Provenance, report: ExportReport, *, owed: bool, latest: bool
@@ -298,6 +301,8 @@ class ExportSession:
         self._remove(path, again=latest)
         if owed and latest:
             self._unnoted.owe(path, origin)
+        elif latest:
+            self._unnoted.removed(path)
         if owed:
             report = replace(report, error=f"{report.error}{self._way_out(path)}")
         save_report(report, path)
@@ -351,16 +356,27 @@ class ExportSession:
         """Whether calls were seen and the module was not tried yet."""
         return not self._preflight_begun and self._observer.choose() is not None
 
-    def recover(self, folders: Iterable[Path]) -> None:
-        """Make the models that an earlier run owes, once calls were seen; once."""
+    def recover(
+        self,
+        folders: Iterable[Path],
+        model_of: Callable[[str], Path],
+        is_ours: Callable[[Path], bool] = lambda _: True,
+    ) -> None:
+        """Make the models that an earlier run owes, once calls were seen; once.
+
+        Args:
+            folders: Of checkpoints and models.
+            model_of: Where this run has the model of a checkpoint.
+            is_ours: Tells whether a model is none of another callback of this run.
+        """
         if self._recovered or self._observer.choose() is None:
             return
         self._recovered = True
         folders = list(folders)
-        hand_in(folders, self._name)
+        hand_in(folders, self._name, model_of, self._takes_care_of)
         for debt in list(owed(folders, self._name, _say_unclear)):
             path, origin, file = debt.model, debt.origin, debt.checkpoint
-            if path in self._latest:  # of this run, and on its way
+            if path in self._latest or not is_ours(path):  # of this run, and on its way
                 continue
             event("model.owed", model=path, checkpoint=file)
             self._folders.add(path.parent)
@@ -379,6 +395,15 @@ class ExportSession:
                 fingerprint=debt.fingerprint,
             )
             self.saved(saved, alive=False)
+
+    def _takes_care_of(self, path: Path, note_beside: Path) -> bool:
+        """Take over an earlier run's note of a model that this one has begun, or has made."""
+        if path not in self._latest:
+            return False
+        self._unnoted.adopt(path, note_beside)
+        if is_owed(path) or self._withdrawals.has_published(path):
+            self._unnoted.settle(path)
+        return True
 
     def _begin(
         self, saved: Saved, finished: Finished, *, publish: bool = True, alive: bool = True
@@ -445,12 +470,12 @@ class ExportSession:
 
     def _withdraw(self, path: Path, checkpoint: str) -> None:
         self._unnoted.forget(path)
-        self._try_again()
         if self._withdrawals.withdraw(path, checkpoint):
             self._unnoted.settle(path)
         else:
             self._unnoted.refused(path, checkpoint)
         self._runner.forget(path)
+        self._try_again()
 
     def _try_again(self) -> None:
         """Do what the disk has refused before."""
@@ -465,6 +490,7 @@ class ExportSession:
         """
         if self._withdrawals.forget(path) is not None:
             settle(path)
+            self._unnoted.removed(path)
 
     def removed(self, path: Path, checkpoint: str | None = None) -> None:
         """A checkpoint was removed: remove its model.
@@ -474,7 +500,6 @@ class ExportSession:
             checkpoint: If given, the model of another checkpoint stays, too.
         """
         self._runner.forget(path)
-        self._unnoted.forget(path)
         settle(path)
         withdrawn = self._withdrawals.forget(path)
         if withdrawn or checkpoint is None or is_model_of(path, Path(checkpoint)):
@@ -482,6 +507,7 @@ class ExportSession:
             self._remove(path)
         elif self._remote is not None:  # another run may have made it
             self._remote.remove(path, checkpoint)
+        self._unnoted.removed(path)
 
     def _remove(self, path: Path, *, again: bool = True) -> None:
         if self._outbox is not None:

@@ -6,14 +6,14 @@ Until then it lies beside the checkpoint, if that is on another disk.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.callbacks import refused
 from onnxport.callbacks.owed import is_owed, note
-from onnxport.exporter.checkpoint_file import is_checkpoint
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onnxport.report import Provenance
 
 __all__ = ["Unnoted"]
@@ -31,7 +31,8 @@ class Unnoted:
     def __init__(self, name: str) -> None:
         self._name = name
         self._origins: dict[Path, Provenance] = {}
-        self._beside: dict[Path, tuple[Path, Path]] = {}
+        self._beside: dict[Path, Path] = {}
+        self._removed: set[Path] = set()
 
     def owe(self, path: Path, origin: Provenance) -> None:
         """A model could not be made, and is owed.
@@ -52,45 +53,55 @@ class Unnoted:
         """
         file = refused.keep(path, self._name, checkpoint)
         if file is not None:
-            self._beside[path] = (file, Path(checkpoint))
+            self.adopt(path, file)
+
+    def adopt(self, path: Path, file: Path) -> None:
+        """A note lies beside the checkpoint, perhaps since an earlier run.
+
+        Args:
+            path: Of the model.
+            file: The note.
+        """
+        self._beside[path] = file
+        self._removed.discard(path)
 
     def is_beside(self, path: Path) -> bool:
         """Tell whether what is owed is noted beside the checkpoint."""
         return path in self._beside
 
     def forget(self, path: Path) -> None:
-        """The checkpoint is another one, or is removed."""
+        """The checkpoint is another one, or none."""
         self._origins.pop(path, None)
+
+    def removed(self, path: Path) -> None:
+        """No model of this name is wanted; a note stays while an older one has the name."""
+        self.forget(path)
+        if not refused.may_be_there(path):
+            self.settle(path)
+        elif path in self._beside:
+            self._removed.add(path)
 
     def settle(self, path: Path) -> None:
         """Nothing is owed any more that is not noted where it belongs."""
         self.forget(path)
-        if path in self._beside:
-            file, _ = self._beside.pop(path)
+        self._removed.discard(path)
+        file = self._beside.pop(path, None)
+        if file is not None:
             try:
                 file.unlink(missing_ok=True)
             except OSError:
                 logger.debug("%s stays.", file, exc_info=True)
 
     def try_again(self) -> None:
-        """Write the notes that can be written now."""
+        """Write the notes that can be written now; a folder that refuses one is asked no more."""
+        refusing: set[Path] = set()
         for path, origin in list(self._origins.items()):
-            gone = not is_checkpoint(Path(str(origin.checkpoint)))
-            if not gone and (is_owed(path) or note(path, self._name, origin)):
+            if path.parent in refusing:
+                continue
+            if is_owed(path) or note(path, self._name, origin):
                 self.settle(path)
-            elif gone:
-                self.forget(path)
-        for path, (_, checkpoint) in list(self._beside.items()):
-            if is_owed(path) or not (is_checkpoint(checkpoint) or _may_be_there(path)):
+            else:
+                refusing.add(path.parent)
+        for path in [path for path in self._removed if path.parent not in refusing]:
+            if not refused.may_be_there(path):
                 self.settle(path)
-
-
-def _may_be_there(path: Path) -> bool:
-    """Tell whether a file is there, or the disk does not say."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        logger.debug("Whether there is %s is not known.", path, exc_info=True)
-    return True

@@ -40,6 +40,12 @@ class Withdrawals:
         with suppress(OSError):  # it is gone already
             self._published[path] = identity_of(path)
 
+    def has_published(self, path: Path) -> bool:
+        """Tell whether the file is a model that this run has proven."""
+        with suppress(OSError):
+            return self._published.get(path) == identity_of(path)
+        return False
+
     def withdraw(self, path: Path, checkpoint: str) -> bool:
         """A checkpoint is about to change, or to be removed: its model is not what has its name.
 
@@ -57,6 +63,8 @@ class Withdrawals:
             # A disk may fail once; what is there and says nothing of itself is asked twice.
             tries = 2 if path.exists() else 1
             ours = known or any(is_model_of(path, Path(checkpoint)) for _ in range(tries))
+            # Somebody else's files need no note; of what cannot be read nobody knows.
+            noted = ours or not cannot_be_read(path)
             if ours or not path.exists():
                 noted = note_anew(path, self._name, checkpoint)
                 withdraw_staged(path)
@@ -82,10 +90,7 @@ class Withdrawals:
         It is if this run has published it, or if the name was free when a model was begun: the
         process that made one may have died, or have failed, after it was published.
         """
-        with suppress(OSError):
-            if self._published.get(path) == identity_of(path):
-                return True
-        return path in self._free and cannot_be_read(path)
+        return self.has_published(path) or (path in self._free and cannot_be_read(path))
 
     def _say(self, path: Path, text: str) -> None:
         """Say once what stays although it should not; a disk refuses the same at each save."""

@@ -87,7 +87,9 @@ def _metadata_fields(file: BinaryIO, size: int) -> Iterator[bytes]:
         if kind == _VARINT:
             _varint(file)
             continue
-        length = {_LENGTH: -1, _FIXED64: 8, _FIXED32: 4}[kind]
+        length = {_LENGTH: -1, _FIXED64: 8, _FIXED32: 4}.get(kind)
+        if length is None:
+            raise ValueError("there is no such kind of field")
         length = _varint(file) if length < 0 else length
         if file.tell() + length > size:
             raise ValueError("the file ends in the middle of a field")

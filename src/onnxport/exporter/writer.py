@@ -20,7 +20,7 @@ from onnxport._files import sync as sync_file
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
 from onnxport.exporter.model_file import write_all, write_external, write_inline
-from onnxport.exporter.ownership import METADATA_PREFIX, is_our_report, is_ours
+from onnxport.exporter.ownership import METADATA_PREFIX, cannot_be_read, is_our_report, is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,7 +72,7 @@ def staging(final: Path) -> Iterator[Path]:
         sweep(final.parent)
         folder, lock = _locked_folder(final.parent)
     except OSError as error:
-        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        in_the_way = any(os.path.isfile(folder) for folder in final.parents)  # noqa: PTH113 - raises nothing
         why = "a file is where the folder would be" if in_the_way else error.strerror or error
         raise PublishError(
             f"Cannot write to {final.parent}: {why}. Give a writable folder with dirpath=."
@@ -338,8 +338,11 @@ def require_replaceable(final: Path) -> None:
     report = report_path(final)
     for file, ours in ((final, is_ours), (report, is_our_report)):
         if file.is_file() and not ours(file):
+            whose = "was not written by onnxport"
+            if cannot_be_read(file):
+                whose = "cannot be read, so nobody knows whose it is,"
             raise PublishError(
-                f"{file} was not written by onnxport and is left alone. "
+                f"{file} {whose} and is left alone. "
                 "Move it away, or give another folder for the models with dirpath=."
             )
 

@@ -180,8 +180,9 @@ class Worker:
             self._drop_waiting(path)
             current = self._queue.current
             if current is not None and current.job.path == path:
+                if not current.dropped:
+                    _say_dropped(current)
                 current.dropped = current.forgotten = True
-                _say_dropped(current)
 
     def unfinished(self, session: str | None = None) -> list[Order]:
         """Return the orders that are not done, the current one first."""

@@ -32,7 +32,7 @@ from onnxport.callbacks.lightning.facts import (
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
-from onnxport.callbacks.lightning.place import is_sharded, place_among
+from onnxport.callbacks.lightning.place import has_the_place, is_sharded, place_among
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.lightning.sharded import (
     gather_saves,
@@ -416,8 +416,10 @@ class OnnxExport(metaclass=FrameworkAware):
             return
         here = [Path(root) for root in self._roots if not is_remote(root)]
         folders = [*here, *([self.dirpath] if self.dirpath else [])]
-        for session in self._sessions.values():
-            session.recover(folders)
+        peers = [other for other in trainer.callbacks if isinstance(other, OnnxExport)]
+        is_ours = partial(has_the_place, self, peers, here)
+        for name, session in self._sessions.items():
+            session.recover(folders, partial(self._model_path, name=name), is_ours)
         if self._batches == OBSERVED_FIRST + 1 and self._outbox is not None:
             for job in jobs_in(folders):  # what an earlier run could not tell its server
                 self._outbox.adopt(job, partial(keep_record, model_of(job)))

@@ -8,8 +8,9 @@ from onnxport.exporter.target import target_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-__all__ = ["is_sharded", "place_among"]
+__all__ = ["has_the_place", "is_sharded", "place_among"]
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
@@ -39,6 +40,28 @@ def place_among(
         return None
     only = callback.targets.get("")
     return f"-{target_text(only)}" if len(peers) > 1 and only else ""
+
+
+def has_the_place(
+    callback: Any, callbacks: Sequence[Any], roots: Sequence[Path], model: Path
+) -> bool:
+    """Tell whether a model lies in a callback's folder, and in none of another one below that.
+
+    Args:
+        callback: Has ``dirpath``.
+        callbacks: Those of the trainer that export.
+        roots: Folders of checkpoints, beside which models lie where there is no ``dirpath``.
+        model: The model.
+    """
+    place = model.resolve()
+
+    def depth(one: Any) -> int:
+        folders = [one.dirpath] if one.dirpath else roots
+        holding = [folder.resolve() for folder in folders if place.is_relative_to(folder.resolve())]
+        return max((len(folder.parts) for folder in holding), default=0)
+
+    others = [depth(other) for other in callbacks if other is not callback]
+    return depth(callback) >= max(others, default=0)
 
 
 def _names(callback: Any) -> set[str]:
