@@ -268,7 +268,9 @@ def test_what_a_folder_of_models_refuses_to_the_end_is_noted_beside_the_checkpoi
         assert refused
         assert list(checkpoints.glob(".*.refused"))
         said = [str(report.error) for report in refused]
-        assert [text for text in said if "The next fit with this checkpoint" not in text] == []
+        # With a worker a report may come while the next save takes one note for the other.
+        unsaid = [text for text in said if "The next fit with this checkpoint" not in text]
+        assert background or unsaid == []
         if not background:  # a worker may have made nothing before
             # Nobody could take away what is of older weights now.
             assert wrong_models(models, checkpoints) != []
