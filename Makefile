@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := .install.log
 TEST_ARGS ?=
+# Files of tests run side by side; more processes need more memory, some 3 GB each.
+TEST_PROCESSES ?= 2
 ZOO := .venv-zoo
 ZOO_STAMP := $(ZOO)/.installed
 ZOO_LOG := .install-zoo.log
@@ -46,7 +48,7 @@ demo: $(STAMP)
 	 echo "onnxport: make demo took $$(( $$(date +%s) - start )) s"
 
 test: $(STAMP)
-	@start=$$(date +%s); $(BIN)/python -m pytest $(TEST_ARGS) && \
+	@start=$$(date +%s); $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) && \
 	 echo "onnxport: tests in tests/, make test took $$(( $$(date +%s) - start )) s"
 
 exhaustive: $(STAMP)
