@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxport.api import export, verify
+    from onnxport.callbacks.backfill import backfill
     from onnxport.callbacks.cadence import Cadence
     from onnxport.callbacks.lightning import OnnxExport
     from onnxport.callbacks.resume import resume
@@ -57,6 +58,7 @@ __all__ = [
     "Verify",
     "WorkerError",
     "__version__",
+    "backfill",
     "export",
     "resume",
     "sync",
@@ -66,6 +68,7 @@ __all__ = [
 
 _HOMES = {
     "onnxport.api": ("export", "verify"),
+    "onnxport.callbacks.backfill": ("backfill",),
     "onnxport.callbacks.cadence": ("Cadence",),
     "onnxport.callbacks.lightning": ("OnnxExport",),
     "onnxport.callbacks.resume": ("resume",),

@@ -411,9 +411,10 @@ def test_a_model_that_this_run_has_made_stays(older: tuple[Path, Path, Path]) ->
     assert model.exists()
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"checkpoint": "\\u0000", "name": "", "model": ""}']
-)
+NUL = json.dumps({"checkpoint": "\0", "name": "", "model": ""})
+
+
+@pytest.mark.parametrize("content", ["", "[]", NUL])
 def test_a_damaged_note_is_guessed_from_its_name(
     older: tuple[Path, Path, Path], content: str
 ) -> None:

@@ -25,7 +25,7 @@ from onnxport.errors import ExportError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["is_checkpoint", "is_readable", "read_state_dict"]
+__all__ = ["is_checkpoint", "is_readable", "read_plain_content", "read_state_dict"]
 
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
@@ -50,6 +50,10 @@ _OF_FSDP1 = "model"
 """Where Lightning has FSDP1's weights. Source: ``FSDPStrategy.save_checkpoint``, 2.6."""
 _OF_DEEPSPEED = "latest"
 """What DeepSpeed writes last into a folder."""
+MAX_DEPTH = 8
+"""How deep plain values of a checkpoint are read."""
+_INERT = object()
+"""Stands for what is no plain value."""
 _REBUILDERS = frozenset(
     {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
 )
@@ -87,6 +91,45 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     for tensor in tensors.values():
         _populate(tensor)
     return tensors
+
+
+def read_plain_content(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says in plain values: numbers, strings and containers of these.
+
+    Tensors of one number become numbers; other tensors and objects of any class are left out.
+
+    Args:
+        path: A file that ``torch.save`` wrote.
+
+    Raises:
+        ExportError: If it is no such file, or is damaged.
+        FileNotFoundError: If it is not there.
+    """
+    try:
+        require_archive(path)
+        content = torch.load(  # nosec
+            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
+        )
+        plain = _plain(content, MAX_DEPTH)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise ExportError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    return plain if isinstance(plain, dict) else {}
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else _INERT
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth and isinstance(value, dict):
+        items = ((key, _plain(item, depth - 1)) for key, item in value.items())
+        return {key: item for key, item in items if isinstance(key, str) and item is not _INERT}
+    if depth and isinstance(value, (list, tuple)):
+        kept = (_plain(item, depth - 1) for item in value)
+        return type(value)(item for item in kept if item is not _INERT)
+    return _INERT
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from onnxport._optional import is_available, optional_import
 
-__all__ = ["FrameworkAware", "bound", "teller", "unbound", "unpickled"]
+__all__ = ["FrameworkAware", "bound", "framework_of", "teller", "unbound", "unpickled"]
 
 _PUBLIC = {"onnxport.callbacks.lightning.callback": "onnxport.callbacks.lightning"}
 """Where the class is found again by its name, bound."""
@@ -93,12 +93,22 @@ def unpickled(cls: type, state: dict[str, Any]) -> Any:
     return instance
 
 
+def framework_of(cls: type) -> str | None:
+    """Return the name of the Lightning that a class is built on, if it is on one."""
+    return next(
+        (
+            name
+            for base in cls.__mro__
+            for name in _FRAMEWORKS
+            if base.__module__.startswith(f"{name}.")
+        ),
+        None,
+    )
+
+
 def teller(cls: type) -> Any:
     """Return the framework's own way to tell the user something, which shows by default."""
-    framework = next(
-        name for base in cls.__mro__ for name in _FRAMEWORKS if base.__module__.startswith(name)
-    )
-    return importlib.import_module(f"{framework}.utilities.rank_zero").rank_zero_info
+    return importlib.import_module(f"{framework_of(cls)}.utilities.rank_zero").rank_zero_info
 
 
 def _by_name(cls: type) -> Any:

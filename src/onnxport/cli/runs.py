@@ -1,28 +1,23 @@
-"""The command line."""
+"""Commands for what a training run has left: models, notes, versions; and for the machine."""
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
-from onnxport._optional import optional_import
-from onnxport.errors import OnnxportError
+from onnxport.cli.output import INCOMPLETE, emit, line_of, or_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import typer
-
     from onnxport.report import ExportReport, TrackingRecord
 
-__all__ = ["main"]
-
-Result = TypeVar("Result")
+__all__ = ["doctor", "promote", "resume", "rollback", "serve", "sync"]
 
 
 def resume(
     folder: Annotated[Path, "Folder of checkpoints; with dirpath=, that of the models."],
+    *,
+    json: bool = False,
 ) -> None:
     """Make the models that an interrupted training run still owes, in FOLDER and all below it.
 
@@ -34,18 +29,25 @@ def resume(
     from onnxport.callbacks.resume import resume as resume_folder
     from onnxport.tracking.job import jobs_in
 
-    reports = _or_exit(lambda: resume_folder(folder, lambda report: typer.echo(_line(report))))
+    def tell(report: ExportReport) -> None:
+        if not json:
+            typer.echo(line_of(report))
+
+    reports = or_exit(lambda: resume_folder(folder, tell), as_json=json)
     made = sum(report.ok for report in reports)
-    typer.echo(f"{made} of {len(reports)} models made." if reports else "No model is owed here.")
-    if reports and any(jobs_in([folder])):
-        typer.echo(f"`onnxport sync {folder}` tells MLflow of them.")
+    if json:
+        emit([asdict(report) for report in reports])
+    else:
+        typer.echo(
+            f"{made} of {len(reports)} models made." if reports else "No model is owed here."
+        )
+        if reports and any(jobs_in([folder])):
+            typer.echo(f"`onnxport sync {folder}` tells MLflow of them.")
     if made < len(reports):
-        raise typer.Exit(1)
+        raise typer.Exit(INCOMPLETE)
 
 
-def sync(
-    folder: Annotated[Path, "Folder of checkpoints."],
-) -> None:
+def sync(folder: Annotated[Path, "Folder of checkpoints."], *, json: bool = False) -> None:
     """Tell MLflow of the models in FOLDER and below that it was to be told of, and was not.
 
     After a run that was killed, or whose server was down. What was begun is completed, and nothing
@@ -59,13 +61,19 @@ def sync(
         held = f"logged model {record.model_id}"
         if record.version is not None:
             held += f", version {record.version} of {record.registered_name}"
-        typer.echo(f"{model}: {record.missing or held}")
+        if not json:
+            typer.echo(f"{model}: {record.missing or held}")
 
-    told = _or_exit(lambda: sync_folder(folder, tell))
+    told = or_exit(lambda: sync_folder(folder, tell), as_json=json)
     done = sum(not record.missing for record in told.values())
-    typer.echo(f"{done} of {len(told)} models told." if told else "Nothing is left to tell here.")
+    if json:
+        emit({str(model): asdict(record) for model, record in told.items()})
+    else:
+        typer.echo(
+            f"{done} of {len(told)} models told." if told else "Nothing is left to tell here."
+        )
     if done < len(told):
-        raise typer.Exit(1)
+        raise typer.Exit(INCOMPLETE)
 
 
 def promote(
@@ -75,6 +83,7 @@ def promote(
     tracking_uri: str = "",
     *,
     pin: bool = True,
+    json: bool = False,
 ) -> None:
     """Make a VERSION of the registered model NAME the champion, because you say so.
 
@@ -85,11 +94,15 @@ def promote(
 
     from onnxport.tracking import promote as promote_version
 
-    before = _or_exit(
+    before = or_exit(
         lambda: promote_version(
             name, version, alias=alias, tracking_uri=tracking_uri or None, pin=pin
-        )
+        ),
+        as_json=json,
     )
+    if json:
+        emit({"name": name, "alias": alias, "version": version, "before": before, "pinned": pin})
+        return
     was = "none was before" if before is None else f"version {before} was before"
     pinned = "; pinned, no training will move it" if pin else ""
     typer.echo(f"Version {version} of {name} is {alias} now ({was}{pinned}).")
@@ -99,6 +112,8 @@ def rollback(
     name: Annotated[str, "Name of the registered model."],
     alias: str = "champion",
     tracking_uri: str = "",
+    *,
+    json: bool = False,
 ) -> None:
     """Give the champion's place of the registered model NAME back to the version before it.
 
@@ -108,8 +123,44 @@ def rollback(
 
     from onnxport.tracking import rollback as roll_back
 
-    was, now = _or_exit(lambda: roll_back(name, alias=alias, tracking_uri=tracking_uri or None))
+    was, now = or_exit(
+        lambda: roll_back(name, alias=alias, tracking_uri=tracking_uri or None), as_json=json
+    )
+    if json:
+        emit({"name": name, "alias": alias, "version": now, "rejected": was})
+        return
     typer.echo(f"Version {now} of {name} is {alias} again; version {was} is rejected.")
+
+
+def serve(
+    model: Annotated[str, "Name of the registered model, or models:/... , runs:/... or a folder."],
+    alias: str = "champion",
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    tracking_uri: str = "",
+) -> None:
+    """Serve a registered MODEL over HTTP: hands over to `mlflow models serve`.
+
+    POST JSON to /invocations. Stops with Ctrl-C.
+    """
+    import os
+    import sys
+
+    from onnxport._optional import optional_import
+
+    def require() -> None:
+        with optional_import(extra="mlflow", needed_for="Serving a model"):
+            import mlflow  # noqa: F401
+
+    or_exit(require)
+    plain = "/" not in model and ":" not in model and not Path(model).exists()
+    uri = f"models:/{model}@{alias}" if plain else model
+    if tracking_uri:
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", uri]
+    command += ["--host", host, "--port", str(port), "--env-manager", "local"]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # nosec # noqa: S606 - it takes the place of this process
 
 
 def doctor(
@@ -123,65 +174,16 @@ def doctor(
     Starts a worker, writes a small file to --folder, and asks the tracking server (--tracking-uri,
     or MLFLOW_TRACKING_URI) for a sign of life. Exits with 1 if anything is wrong.
     """  # noqa: DOC501 - as above
-    from dataclasses import asdict
-    from json import dumps
-
     import typer
 
     from onnxport.doctor import diagnose
 
     findings = diagnose(folder, tracking_uri=tracking_uri or None)
     if json:
-        typer.echo(dumps([asdict(finding) for finding in findings], indent=2))
+        emit([asdict(finding) for finding in findings])
     for finding in [] if json else findings:
         typer.echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.what}: {finding.found}")
         if not finding.ok:
             typer.echo(f"      {finding.advice}")
     if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
-
-
-def _or_exit(work: Callable[[], Result]) -> Result:
-    import typer
-
-    try:
-        return work()
-    except OnnxportError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-
-
-def _line(report: ExportReport) -> str:
-    if report.ok:
-        return f"{report.path}: proven, largest error {report.max_abs_error or 0.0:.2g}"
-    return f"{report.checkpoint}: no model. {report.error}"
-
-
-def _app() -> typer.Typer:
-    with optional_import(extra="cli", needed_for="The command onnxport"):
-        import typer
-
-    app = typer.Typer(add_completion=False, no_args_is_help=True)
-    for command in (resume, sync, promote, rollback, doctor):
-        app.command()(command)
-
-    @app.callback()
-    def _top() -> None:
-        """Every training checkpoint becomes a proven ONNX model."""
-
-    return app
-
-
-def main() -> None:
-    """Run the command line.
-
-    Raises:
-        SystemExit: When it is done: 0: all is well; 1: some models could not be made; 2: the
-            arguments are wrong, or something is not installed.
-    """
-    try:
-        app = _app()
-    except OnnxportError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from error
-    app()
+        raise typer.Exit(INCOMPLETE)

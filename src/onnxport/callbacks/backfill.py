@@ -1,0 +1,297 @@
+"""Models of checkpoints that training wrote long ago: one export, then refreshes, in processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from onnxport.api import read_examples
+from onnxport.callbacks.live import LiveModule
+from onnxport.callbacks.paths import is_model_of, model_path
+from onnxport.callbacks.runner import InlineRunner, Outcome, WorkerRunner
+from onnxport.config import Background, ExportOptions
+from onnxport.errors import ConfigurationError, OnnxportError
+from onnxport.exporter.checkpoint_file import is_readable, read_plain_content, read_state_dict
+from onnxport.exporter.fingerprint import fingerprint
+from onnxport.exporter.target import require_target
+from onnxport.pipeline import ExportJob
+from onnxport.pipeline.report_files import read_report
+from onnxport.report import ExportReport, Provenance
+from onnxport.validation.session import require_runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from onnxport.callbacks.runner import Runner
+    from onnxport.config import CoreName, Inputs, Precision, Verify
+    from onnxport.exporter.target import Target
+    from onnxport.tree import Example
+
+__all__ = ["backfill", "checkpoints_in", "provenance_of"]
+
+SUFFIX = ".ckpt"
+AHEAD = 2
+"""How many checkpoints wait for each process: what is read too early is out of memory again."""
+PAUSE_S = 0.02
+DRAIN_S = 5.0
+"""How long models on their way are waited for after Ctrl-C."""
+
+
+def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    module: nn.Module | Callable[[Path], nn.Module],
+    example: Any,
+    *,
+    dirpath: str | os.PathLike[str] | None = None,
+    core: CoreName = "auto",
+    target: Target | None = None,
+    inputs: Inputs | None = None,
+    opset: int | None = None,
+    precision: Precision | None = None,
+    verify: bool | Verify = True,
+    workers: int = 1,
+    again: bool = False,
+    tell: Callable[[ExportReport], None] = lambda _: None,
+) -> list[ExportReport]:
+    """Make the models of checkpoints that are there already.
+
+    The first one of a structure is exported, the others are refreshed and proven each. What has a
+    proven model already is passed over.
+
+    Args:
+        checkpoints: Files, or a folder: all ``*.ckpt`` in it and below.
+        module: A module whose weights the checkpoints hold; or a function that gets the path of
+            one and returns its module. It is not touched. Where it returns the same object again,
+            only the weights are exchanged.
+        example: A call of the module, as for :func:`~onnxport.export`.
+        dirpath: Folder for the models; default: beside each checkpoint.
+        core: See :func:`~onnxport.export`; the next four, too.
+        target: What to export of the module.
+        inputs: Overrides of what is inferred.
+        opset: ONNX opset version.
+        precision: Of the models.
+        verify: How to prove.
+        workers: How many processes; 0: this one.
+        again: Make models also where there is one.
+        tell: Called with each report as it comes, perhaps by another thread.
+
+    Returns:
+        One report per checkpoint, in their order; of a model that was there already, the one that
+        lies beside it.
+
+    Raises:
+        ConfigurationError: If there is no such folder or file, or an argument is wrong.
+        MissingDependencyError: If ONNX Runtime is not installed.
+
+    Example:
+        >>> import tempfile, torch, onnxport
+        >>> net = torch.nn.Linear(4, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for step in range(3):
+        ...         torch.save({"state_dict": net.state_dict()}, f"{folder}/step={step}.ckpt")
+        ...     example = torch.randn(8, 4)
+        ...     reports = onnxport.backfill(folder, net, example, core="trace", workers=0)
+        >>> [report.how for report in reports]
+        ['export', 'refresh', 'refresh']
+    """
+    require_runtime(here=workers == 0)
+    options = ExportOptions.of(
+        core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+    )
+    if target is not None and not isinstance(target, str) and not callable(target):
+        raise ConfigurationError(f"target must be one name or one callable, got {target!r}.")
+    given = example if options.inputs.example is None else options.inputs.example
+    found = checkpoints_in(checkpoints)
+    work = _Backfill(
+        make=module if not isinstance(module, nn.Module) else lambda _: module,
+        examples=read_examples(given),
+        options=options,
+        target=target or "",
+        workers=_read_workers(workers),
+        tell=tell,
+    )
+    roots = [Path(checkpoints)] if isinstance(checkpoints, (str, os.PathLike)) else []
+    folder = None if dirpath is None else Path(dirpath)
+    paths = {file: model_path(file, folder, roots) for file in found}
+    return work.run(paths, again=again)
+
+
+def checkpoints_in(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
+    """Return checkpoints: those in a folder and below, by name, or those that are given.
+
+    Raises:
+        ConfigurationError: If there is none, or something is not there.
+    """
+    if isinstance(checkpoints, (str, os.PathLike)):
+        root = Path(checkpoints)
+        if is_readable(root):
+            return [root]
+        if not root.is_dir():
+            raise ConfigurationError(f"There is no checkpoint and no folder at {root}.")
+        found = sorted(path for path in root.rglob(f"*{SUFFIX}") if is_readable(path))
+        if not found:
+            raise ConfigurationError(f"There is no {SUFFIX} file in {root}.")
+        return found
+    given = [Path(path) for path in checkpoints]
+    absent = [path for path in given if not is_readable(path)]
+    if absent:
+        raise ConfigurationError(f"There is no checkpoint at {absent[0]}.")
+    return given
+
+
+def provenance_of(checkpoint: Path) -> Provenance:
+    """Return what a checkpoint says of itself: epoch, step, and the metric that was watched.
+
+    Raises:
+        ExportError: If it cannot be read.
+    """
+    if checkpoint.is_dir():
+        return Provenance(checkpoint=str(checkpoint))
+    content = read_plain_content(checkpoint)
+    watched = [
+        state
+        for state in _mappings(content.get("callbacks"))
+        if isinstance(state.get("monitor"), str) and _is_number(state.get("current_score"))
+    ]
+    metrics = {str(state["monitor"]): float(state["current_score"]) for state in watched}
+    return Provenance(
+        checkpoint=str(checkpoint),
+        epoch=_whole(content.get("epoch")),
+        global_step=_whole(content.get("global_step")),
+        metrics=metrics,
+        monitor=next(iter(metrics), None),
+        mode="max" if watched and watched[0].get("mode") == "max" else "min",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Backfill:
+    """What all checkpoints have in common."""
+
+    make: Callable[[Path], nn.Module]
+    examples: Sequence[Example]
+    options: ExportOptions
+    target: Target
+    workers: int
+    tell: Callable[[ExportReport], None]
+
+    def run(self, paths: Mapping[Path, Path], *, again: bool) -> list[ExportReport]:
+        """Make the models; a Ctrl-C leaves those that are there, and nothing half-made."""
+        reports: dict[Path, ExportReport] = {}
+
+        def done(file: Path, report: ExportReport) -> None:
+            reports[file] = report
+            self.tell(report)
+
+        left = {}
+        for file, path in paths.items():
+            known = None if again else _known(file, path)
+            if known is None:
+                left[file] = path
+            else:
+                reports[file] = known
+        runners: list[Runner] = []
+        try:
+            for place, (file, path) in enumerate(left.items()):
+                self._begin(file, path, place, runners, done)
+            for runner in runners:
+                runner.wait(math.inf, lambda _: None)
+        except BaseException:
+            for runner in runners:
+                runner.wait(DRAIN_S / len(runners), lambda _: None)
+            raise
+        finally:
+            for runner in runners:
+                runner.close()
+        return [reports[file] for file in paths]
+
+    def _begin(
+        self,
+        file: Path,
+        path: Path,
+        place: int,
+        runners: list[Runner],
+        done: Callable[[Path, ExportReport], None],
+    ) -> None:
+        origin = Provenance(checkpoint=str(file))
+
+        def finished(outcome: Outcome) -> None:
+            gone = f"{file} was changed or removed meanwhile."
+            done(file, outcome.report or ExportReport.of_failure(gone, origin))
+
+        try:
+            origin = provenance_of(file)
+            module = self.make(file)
+            if isinstance(self.target, str):
+                require_target(module, self.target)
+            runner = self._runner(module, place, runners)
+            while len(runner.unfinished()) > AHEAD:
+                time.sleep(PAUSE_S)
+            live = LiveModule(module, read_state_dict(file))
+            job = ExportJob(
+                source=live,
+                examples=tuple(self.examples),
+                path=path,
+                options=self.options,
+                target=self.target,
+                provenance=origin,
+                fingerprint=fingerprint(module),
+            )
+        except (OnnxportError, OSError) as error:
+            done(file, ExportReport.of_failure("", origin).failed(error))
+            return
+        runner.run(job, live, file if file.is_file() else None, finished)
+
+    def _runner(self, module: nn.Module, place: int, runners: list[Runner]) -> Runner:
+        """Return whose turn it is; each has its own process, and learns the graph once."""
+        count = max(1, self.workers)
+        if len(runners) < count:
+            runners.append(
+                WorkerRunner(self._background(), module, len(runners))
+                if self.workers
+                else InlineRunner()
+            )
+        return runners[place % count]
+
+    def _background(self) -> Background:
+        """Nobody trains meanwhile: all cores are there for it."""
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        return Background(max_workers=self.workers, threads=threads, niceness=0)
+
+
+def _known(checkpoint: Path, path: Path) -> ExportReport | None:
+    """Return the report of a model that is there and is not older than its checkpoint."""
+    report = read_report(path)
+    try:
+        current = path.stat().st_mtime >= checkpoint.stat().st_mtime
+    except OSError:
+        return None
+    mine = report is not None and report.ok and is_model_of(path, checkpoint)
+    return report if mine and current else None
+
+
+def _read_workers(workers: object) -> int:
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise ConfigurationError(f"workers must be a whole number, at least 0; got {workers!r}.")
+    return workers
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    items = value.values() if isinstance(value, dict) else ()
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

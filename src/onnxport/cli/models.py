@@ -1,0 +1,395 @@
+"""Commands for models and checkpoints: make, prove, look at, compare, measure."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path  # noqa: TC003 - typer reads annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+from onnxport.cli.output import INCOMPLETE, emit, line_of, or_exit, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import nn
+
+    from onnxport.exporter.model_diff import ModelDifference
+    from onnxport.exporter.model_facts import ModelFacts
+    from onnxport.report import ExportReport
+    from onnxport.signature import TensorSpec
+    from onnxport.validation.latency import Latency
+
+__all__ = ["bench", "diff", "export", "inspect", "verify"]
+
+_MOST_WEIGHTS = 10
+"""So many weights that differ are listed."""
+
+
+def export(  # noqa: PLR0913 - options of a command
+    checkpoint: Annotated[Path, "A checkpoint, or a folder: all *.ckpt in it and below."],
+    *,
+    module: str = "",
+    shape: list[str] | None = None,
+    example: Path | None = None,
+    datamodule: str = "",
+    set: list[str] | None = None,  # noqa: A002 - the name of the option
+    output: Path | None = None,
+    target: str = "",
+    core: str = "auto",
+    opset: int | None = None,
+    precision: str = "",
+    workers: int = 1,
+    trust_checkpoint: bool = False,
+    again: bool = False,
+    json: bool = False,
+) -> None:
+    """Make a proven model of a CHECKPOINT, or of each one in a folder.
+
+    --module is package.module:Class or file.py:Class. The hyperparameters come from the checkpoint;
+    --set name=value gives others. What forward takes is said by --shape [name=]8x3x32x32[:dtype]
+    for each input, by --example FILE (.pt, .npy, .npz), by --datamodule package.module:Class, or by
+    the module's example_input_array. A folder is done by --workers processes: one export, then
+    refreshes; what has its model already is passed over, unless --again. Exits with 1 if a model
+    could not be made.
+    """  # noqa: DOC501 - this text is the help on the screen
+    import typer
+
+    from onnxport.callbacks.backfill import backfill, checkpoints_in
+    from onnxport.cli.progress import progress
+
+    def work() -> list[ExportReport]:
+        found = checkpoints_in(checkpoint)
+        inputs = _Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
+        load, given, chosen = inputs.read(found[0])
+        options: dict[str, Any] = {"core": core, "precision": precision or None}
+        with progress(len(found), quiet=json) as tell:
+            return backfill(
+                found,
+                load,
+                given,
+                dirpath=output,
+                target=target or chosen or None,
+                opset=opset,
+                workers=workers if len(found) > 1 else 0,
+                again=again,
+                tell=tell,
+                **options,
+            )
+
+    reports = or_exit(work, as_json=json)
+    made = sum(report.ok for report in reports)
+    if json:
+        emit([asdict(report) for report in reports])
+    else:
+        for report in reports if len(reports) == 1 else []:
+            typer.echo(line_of(report))
+        if len(reports) > 1:
+            typer.echo(f"{made} of {len(reports)} checkpoints have a proven model.")
+    if made < len(reports):
+        raise typer.Exit(INCOMPLETE)
+
+
+def verify(  # noqa: PLR0913 - options of a command
+    model: Annotated[Path, "An ONNX model."],
+    checkpoint: Annotated[Path, "The checkpoint that it should be of."],
+    *,
+    module: str = "",
+    shape: list[str] | None = None,
+    example: Path | None = None,
+    datamodule: str = "",
+    set: list[str] | None = None,  # noqa: A002 - the name of the option
+    target: str = "",
+    trust_checkpoint: bool = False,
+    json: bool = False,
+) -> None:
+    """Prove that a MODEL is of a CHECKPOINT.
+
+    The hash of the checkpoint's weights must be the one that the model was made of. With --module
+    (see export), the two are also run at several sizes of each dynamic axis, as at an export. Exits
+    with 1 if the model is of other weights or computes something else.
+    """  # noqa: DOC501 - as above
+    import typer
+
+    inputs = _Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
+
+    def work() -> dict[str, Any]:
+        found = _compared(model, checkpoint)
+        if module and (found["ok"] or not found["model"]):
+            found |= _proven(model, checkpoint, inputs, target)
+        return found
+
+    result = or_exit(work, as_json=json)
+    if json:
+        emit(result)
+    elif result["ok"]:
+        runs = len(result.get("checks", ()))
+        how = f"proven in {runs} runs" if runs else "the hash of the weights is the same"
+        typer.echo(f"{model} is of {checkpoint}: {how}.")
+    else:
+        typer.echo(f"{model} is not proven to be of {checkpoint}: {result['why']}", err=True)
+    if not result["ok"]:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _compared(model: Path, checkpoint: Path) -> dict[str, Any]:
+    """Compare the hash that a model holds with that of a checkpoint's weights.
+
+    Raises:
+        ConfigurationError: If there is no such file.
+    """
+    from onnxport.errors import ConfigurationError
+    from onnxport.exporter.checkpoint_file import is_readable, read_state_dict
+    from onnxport.exporter.weights import weights_sha256
+
+    noted = _facts(model).origin.get("weights_sha256")
+    if not is_readable(checkpoint):
+        raise ConfigurationError(f"There is no checkpoint at {checkpoint}.")
+    found = weights_sha256(read_state_dict(checkpoint))
+    why = "" if noted == found else "it was made of other weights than the checkpoint holds."
+    if not noted:
+        why = "it does not say which weights it is of. --module proves it by running both."
+    return {"ok": not why, "model": noted, "checkpoint": found, "why": why}
+
+
+def _proven(model: Path, checkpoint: Path, inputs: _Inputs, target: str) -> dict[str, Any]:
+    """Run a model beside the module of a checkpoint."""
+    from onnxport.api import verify as prove
+    from onnxport.errors import VerificationError
+    from onnxport.exporter.target import find_target
+
+    load, given, chosen = inputs.read(checkpoint)
+    module = find_target(load(checkpoint), target or chosen)
+    try:
+        checks, why = prove(model, module, given), ""
+    except VerificationError as error:
+        checks, why = list(error.checks), str(error)
+    return {"ok": not why, "why": why, "checks": [asdict(check) for check in checks]}
+
+
+def inspect(model: Annotated[Path, "An ONNX model of any tool."], *, json: bool = False) -> None:
+    """Say what a MODEL is: inputs, dynamic axes, operators, weights, and where it came from."""
+    import typer
+
+    facts = or_exit(lambda: _facts(model), as_json=json)
+    if json:
+        emit(facts.to_dict())
+        return
+    for name, text in _lines_of(facts):
+        typer.echo(f"{name:<12} {text}")
+
+
+def diff(
+    first: Annotated[Path, "An ONNX model."],
+    second: Annotated[Path, "Another one."],
+    *,
+    json: bool = False,
+) -> None:
+    """Say how two models differ: interface, graph, weights, origin.
+
+    Exits with 1 if they do not compute the same.
+    """  # noqa: DOC501 - as above
+    import typer
+
+    from onnxport.exporter.model_diff import difference
+
+    def work() -> ModelDifference:
+        for file in (first, second):
+            _facts(file)
+        return difference(first, second)
+
+    found = or_exit(work, as_json=json)
+    if json:
+        emit(found.to_dict())
+    else:
+        for line in _lines_of_difference(found):
+            typer.echo(line)
+    if not found.equal:
+        raise typer.Exit(INCOMPLETE)
+
+
+def bench(
+    model: Annotated[Path, "An ONNX model."],
+    *,
+    batch: list[int] | None = None,
+    provider: list[str] | None = None,
+    size: list[str] | None = None,
+    seconds: float = 2.0,
+    json: bool = False,
+) -> None:
+    """Measure how long a MODEL takes: p50, p95 and rows per second, for each --batch and provider.
+
+    Providers take turns, after a warm-up. Symbolic sizes besides the batch are 16, or what --size
+    sequence=128 says. Inputs are random.
+    """
+    import typer
+
+    from onnxport.cli.load import read_settings
+
+    def work() -> list[Latency]:
+        sizes = read_settings(size or [])
+        return _measured(model, batch or [1, 8, 64], provider or [], sizes, seconds)
+
+    found = or_exit(work, as_json=json)
+    if json:
+        emit([each.to_dict() for each in found])
+        return
+    typer.echo(f"{'provider':<26}{'batch':>7}{'p50 ms':>10}{'p95 ms':>10}{'rows/s':>12}{'runs':>7}")
+    for each in found:
+        p50, p95 = each.p50 * 1e3, each.p95 * 1e3
+        row = f"{each.name:<26}{each.batch:>7}{p50:>10.3f}{p95:>10.3f}"
+        typer.echo(f"{row}{each.throughput:>12,.0f}{each.runs:>7}")
+
+
+# --- what they have in common ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the options of a command say about a module and what it takes."""
+
+    module: str
+    shapes: Sequence[str] | None
+    example: Path | None
+    datamodule: str
+    settings: Sequence[str] | None
+    trust: bool = field(kw_only=True)
+
+    def read(self, checkpoint: Path) -> tuple[Callable[[Path], nn.Module], Any, str]:
+        """Return what loads modules, an example, and of which submodule it is a call.
+
+        Raises:
+            ConfigurationError: If there is no such module.
+        """
+        from onnxport.cli.load import ModuleLoader, example_from, named_object, read_settings
+        from onnxport.errors import ConfigurationError
+
+        if not self.module:
+            raise ConfigurationError(
+                "Nothing says what the weights are of: --module package.module:Class or "
+                "--module file.py:Class."
+            )
+        if self.trust:
+            sys.stderr.write("--trust-checkpoint: a checkpoint can run any code on this machine.\n")
+        settings = read_settings(self.settings or ())
+        load = ModuleLoader(named_object(self.module), settings, trust=self.trust)
+        first = load(checkpoint)
+        if self.datamodule and not (self.example or self.shapes):
+            from onnxport.callbacks.lightning.examples import observed_calls
+
+            given = load.content.get("datamodule_hyper_parameters")
+            chosen, calls = observed_calls(first, _made(named_object(self.datamodule), given))
+            return load, calls, chosen
+        return load, example_from(first, file=self.example, shapes=self.shapes or ()), ""
+
+
+def _made(make: Any, hyperparameters: object) -> Any:
+    from onnxport.errors import ConfigurationError
+
+    given = hyperparameters if isinstance(hyperparameters, dict) else {}
+    try:
+        return make(**given) if callable(make) else make
+    except Exception as error:
+        raise ConfigurationError(
+            f"The data module raised {type(error).__name__} when it was made: {error}"
+        ) from error
+
+
+def _facts(path: Path) -> ModelFacts:
+    from onnxport.errors import ConfigurationError
+    from onnxport.exporter.model_facts import facts_of
+
+    if not path.is_file():
+        raise ConfigurationError(f"There is no model at {path}. Give the path of an .onnx file.")
+    return facts_of(path)
+
+
+def _lines_of(facts: ModelFacts) -> list[tuple[str, str]]:
+    outside = f", weights in {', '.join(facts.external)}" if facts.external else ""
+    lines = [("file", f"{facts.path} ({size_text(facts.bytes)}{outside})")]
+    lines += [("input", _text(spec)) for spec in facts.inputs]
+    lines += [("output", _text(spec)) for spec in facts.outputs]
+    opset = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in facts.opset.items())
+    lines += [("opset", opset), ("producer", facts.producer or "unknown")]
+    nodes = sum(facts.operators.values())
+    most = ", ".join(f"{count} {name}" for name, count in list(facts.operators.items())[:8])
+    lines.append(("operators", f"{nodes}: {most}{', ...' if len(facts.operators) > 8 else ''}"))  # noqa: PLR2004
+    kinds = ", ".join(f"{size_text(count)} {name}" for name, count in facts.weights.items())
+    lines.append(("weights", f"{facts.parameters:,} parameters: {kinds or 'none'}"))
+    if not facts.origin:
+        lines.append(("origin", "unknown: onnxport has not made it"))
+    lines += [(f"  {key}", value) for key, value in facts.origin.items()]
+    return lines
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{spec.name}: {spec.dtype}[{', '.join(map(str, spec.shape))}]"
+
+
+def _lines_of_difference(found: ModelDifference) -> list[str]:
+    lines = [*found.interface]
+    lines.append("The graphs are the same." if found.same_graph else "The graphs differ.")
+    for name, (ours, theirs) in found.operators.items():
+        lines.append(f"operator {name}: {ours} / {theirs}")
+    for where, names in (("first", found.only_first), ("second", found.only_second)):
+        if names:
+            some = ", ".join(names[:_MOST_WEIGHTS])
+            lines.append(f"{len(names)} weights only in the {where}: {some}")
+    if not (found.weights or found.only_first or found.only_second):
+        lines.append("The weights are the same.")
+    elif found.weights:
+        lines.append(f"{len(found.weights)} weights differ:")
+    for each in found.weights[:_MOST_WEIGHTS]:
+        far = f"by up to {each.max_abs:.3g}, relative {each.relative:.3g}"
+        lines.append(f"  {each.name}: {each.why if each.relative is None else far}")
+    if len(found.weights) > _MOST_WEIGHTS:
+        lines.append(f"  and {len(found.weights) - _MOST_WEIGHTS} more")
+    lines += [f"{key}: {ours} / {theirs}" for key, (ours, theirs) in found.origin.items()]
+    return lines
+
+
+def _measured(
+    model: Path,
+    batches: Sequence[int],
+    providers: Sequence[str],
+    sizes: dict[str, Any],
+    seconds: float,
+) -> list[Latency]:
+    from onnxport.errors import ConfigurationError
+    from onnxport.validation.latency import latencies
+    from onnxport.validation.session import Session, require_runtime, resolve_providers
+
+    require_runtime()
+    facts = _facts(model)
+    names = {name for spec in facts.inputs for name in spec.dynamic_axes.values()}
+    if unknown := set(sizes) - names:
+        raise ConfigurationError(
+            f"The model has no symbolic size {min(unknown)!r}; it has {sorted(names)!r}."
+        )
+    sessions = {name: Session(model, name) for name in resolve_providers(providers or "auto")}
+    found: list[Latency] = []
+    first = facts.inputs[0].dynamic_axes.get(0) if facts.inputs else None
+    for rows in batches if first is not None else batches[:1]:
+        known = {first: rows} | sizes
+        feeds = [_random(spec, known) for spec in facts.inputs]
+        inputs = [spec.name for spec in facts.inputs]
+        ways = {name: partial(each.run, inputs, feeds) for name, each in sessions.items()}
+        counted = rows if first is not None else 1
+        found += latencies(ways, counted, budget_s=seconds)
+    return found
+
+
+_FREE_SIZE = 16
+"""Of a symbolic dimension that is not the batch, if nothing is said."""
+
+
+def _random(spec: TensorSpec, sizes: dict[Any, Any]) -> torch.Tensor:
+    import torch
+
+    shape = [size if isinstance(size, int) else sizes.get(size, _FREE_SIZE) for size in spec.shape]
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape).to(dtype)
+    return torch.randint(0, 2, shape).to(dtype)
