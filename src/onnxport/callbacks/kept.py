@@ -31,11 +31,13 @@ class KeptReports:
 
     Attributes:
         reports: In the order in which the checkpoints were begun.
+        last: The one that was finished last.
         over: Training is over, or ends now.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.reports: list[ExportReport] = []
+        self.last: ExportReport | None = None
         self.over = False
         self._say = say
         self._lock = threading.RLock()  # a signal's handler may save while it is held
@@ -72,6 +74,7 @@ class KeptReports:
             index = bisect(self._places, place)
             self._places.insert(index, place)
             self.reports.insert(index, report)
+            self.last = report
         _log(report)
         if report.ok:
             self._say(_success_line(report))

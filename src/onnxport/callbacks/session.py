@@ -352,6 +352,11 @@ class ExportSession:
         return self._kept.reports
 
     @property
+    def last(self) -> ExportReport | None:
+        """The report that came last."""
+        return self._kept.last
+
+    @property
     def awaits_trial(self) -> bool:
         """Whether calls were seen and the module was not tried yet."""
         return not self._preflight_begun and self._observer.choose() is not None

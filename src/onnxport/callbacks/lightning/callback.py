@@ -33,6 +33,7 @@ from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
 from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
 from onnxport.callbacks.lightning.place import has_the_place, is_sharded, place_among
+from onnxport.callbacks.lightning.progress import add_status, remove_status
 from onnxport.callbacks.lightning.rehearsal import rehearsal
 from onnxport.callbacks.lightning.sharded import (
     gather_saves,
@@ -52,6 +53,7 @@ from onnxport.callbacks.paths import ModelPaths
 from onnxport.callbacks.remote import RemoteModels, is_remote, short_name
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
 from onnxport.callbacks.session import ExportSession, Saved
+from onnxport.callbacks.summary import show, status_of
 from onnxport.callbacks.sync import keep_record
 from onnxport.callbacks.turns import Turns
 from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
@@ -137,6 +139,8 @@ class OnnxExport(metaclass=FrameworkAware):
             warn, if models are made in the background.
         on_error: ``"warn"``: log, report, keep training; ``"raise"``: raise
             :class:`~onnxport.ExportError` at the next safe point of the loop.
+        console: Say a line per model, show the last one in the progress bar, and a table when
+            training is over; ``False``: only warnings.
 
     Attributes:
         reports: One :class:`~onnxport.ExportReport` per attempted checkpoint, complete when ``fit``
@@ -170,6 +174,7 @@ class OnnxExport(metaclass=FrameworkAware):
         background: bool | Background = True,
         preflight: bool | Literal["raise"] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        console: bool = True,
     ) -> None:
         require_choice("on_error", on_error, ("warn", "raise"))
         if not isinstance(dirpath, (str, os.PathLike, type(None))):
@@ -186,6 +191,7 @@ class OnnxExport(metaclass=FrameworkAware):
         require_runtime(here=self.background is None)
         self.preflight = read_preflight(preflight, self.background)
         self.on_error = on_error
+        self.console = console
         self.options = ExportOptions.of(
             core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
         )
@@ -297,7 +303,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 address=None if address is None else address.named(name),
                 is_redirected=is_redirected,
                 fallback=lambda: getattr(pl_module, "example_input_array", None),
-                say=teller(type(self)),
+                say=self._say,
                 runner=self._runner(pl_module, place),
                 name=name,
                 turns=turns,
@@ -305,6 +311,9 @@ class OnnxExport(metaclass=FrameworkAware):
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
+        if self.console:
+            with _never_raises("showing the last model"):
+                add_status(trainer, self._status)
 
     def _runner(self, pl_module: Any, place: int) -> Runner:
         if self.background is None:
@@ -365,6 +374,8 @@ class OnnxExport(metaclass=FrameworkAware):
             with _never_raises("the end of training"):
                 session.finish(None if best is None else self._model_path(best, name))
         self._finish_tracking(end - time.monotonic())
+        with _never_raises("showing what was made"):
+            self._show(trainer)
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -374,6 +385,8 @@ class OnnxExport(metaclass=FrameworkAware):
             self._begin_again(trainer, path)
         self._on_its_way = ""
         self._ended = self._failed = True
+        with _never_raises("showing the last model"):
+            remove_status(trainer)
         end = time.monotonic() + DRAIN_AFTER_ERROR_S
         with _never_raises("the end of training by an error"):
             self._drain(trainer, DRAIN_AFTER_ERROR_S)
@@ -384,8 +397,24 @@ class OnnxExport(metaclass=FrameworkAware):
                 session.finish()
         self._finish_tracking(end - time.monotonic())
 
+    def _say(self, text: str) -> None:
+        if self.console:
+            teller(type(self))(text)
+
+    def _status(self) -> str:
+        """Return what became of the checkpoint that was last finished."""
+        last = [session.last for session in self._sessions.values()]
+        return "; ".join(status_of(report) for report in last if report is not None)
+
+    def _show(self, trainer: Any) -> None:
+        """Show what became of all checkpoints of this fit."""
+        remove_status(trainer)
+        if self.console and self._sessions:
+            now = [session.reports for session in self._sessions.values()]
+            show([r for group in zip_longest(*now) for r in group if r is not None], self._say)
+
     def _drain(self, trainer: Any, limit_s: float) -> None:
-        drain(self._sessions, limit_s, trainer, teller(type(self)))
+        drain(self._sessions, limit_s, trainer, self._say)
 
     def _early_weights(
         self, trainer: Any, pl_module: Any
