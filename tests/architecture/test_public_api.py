@@ -34,6 +34,7 @@ PUBLIC = [
     "Verify",
     "WorkerError",
     "__version__",
+    "backfill",
     "export",
     "resume",
     "sync",

@@ -109,7 +109,7 @@ def launched(_: int) -> Mapping[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_ctrl_c(devices: int, tmp_path: Path) -> None:
     """One command starts the other processes; a terminal sends the signal to all of them."""
     folder = tmp_path / "checkpoints"
@@ -152,6 +152,7 @@ def test_an_exception_of_the_user(what: str, tmp_path: Path) -> None:
         assert_each_has_a_model(folder)
 
 
+@pytest.mark.exhaustive
 def test_max_time(tmp_path: Path) -> None:
     with started(textwrap.dedent(SCRIPT), tmp_path, 2, str(tmp_path), "max_time") as family:
         assert family.wait() == [0, 0], family.said

@@ -75,7 +75,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)  # several gigabytes
 
 
-@pytest.mark.parametrize("core", ["auto", pytest.param("trace", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("core", ["auto", "trace"])
 def test_more_than_two_gigabytes(core: str, folder: Path) -> None:
     most = 0
     with started(

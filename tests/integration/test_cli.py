@@ -12,6 +12,8 @@ import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from mlflow import MlflowClient
+from servers import free_port
 from torch import nn
 from typer.testing import CliRunner
 
@@ -223,6 +225,36 @@ def test_what_does_not_export_ends_with_one(trained: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.onnx"))
 
 
+def test_mlflow_gets_the_models(trained: Path, tmp_path: Path, store: str) -> None:
+    options = (*module(trained), *SHAPE, "--output", tmp_path, "--workers", 0)
+    server = ("--tracking-uri", store, "--register", "old", "--experiment", "last year")
+    reports = said("export", trained / "ck", *options, *server)
+    assert [report["tracking"]["missing"] for report in reports] == [""] * 3
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("last year").experiment_id
+    (run_of_all,) = client.search_runs([experiment])
+    assert run_of_all.info.status == "FINISHED"
+    assert len(client.search_logged_models([experiment])) == 3
+    best = min(reports, key=lambda report: report["metrics"]["val_loss"])
+    champion = client.get_model_version_by_alias("old", "champion")
+    assert int(champion.version) == best["tracking"]["version"]
+    # What it holds is not told again.
+    run("export", trained / "ck", *options, *server)
+    assert len(client.search_logged_models([experiment])) == 3
+    assert len(client.search_runs([experiment])) == 1
+
+
+def test_a_server_that_is_down_is_told_later(trained: Path, tmp_path: Path, store: str) -> None:
+    options = (*module(trained), *SHAPE, "--output", tmp_path)
+    down = f"http://127.0.0.1:{free_port()}"
+    text = run("export", first(trained), *options, "--tracking-uri", down, code=1)
+    assert "onnxport sync" in text
+    assert list(tmp_path.glob("*.onnx"))
+    run("export", first(trained), *options, "--tracking-uri", store)
+    experiment = MlflowClient(store).get_experiment_by_name("onnxport").experiment_id
+    assert len(MlflowClient(store).search_logged_models([experiment])) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -368,12 +400,18 @@ def test_names_of_inner_values_make_no_difference(models: Path, tmp_path: Path) 
     assert said("diff", path, tmp_path / "renamed.onnx")["equal"]
 
 
-def test_bench(models: Path) -> None:
+def test_bench(models: Path, trained: Path) -> None:
     path = min(models.glob("*.onnx"))
     found = said("bench", path, "--batch", 1, "--batch", 4, "--seconds", 0.01)
     assert [each["batch"] for each in found] == [1, 4]
     assert all(0 < each["p50"] <= each["p95"] and each["runs"] >= 5 for each in found)
     assert "CPUExecutionProvider" in run("bench", path, "--seconds", 0.01)
+    one = first(trained)
+    shown = ("--checkpoint", one, *module(trained), "--batch", 4, "--seconds", 0.01)
+    found = said("bench", path, *shown)
+    assert [each["name"] for each in found] == ["CPUExecutionProvider", "eager"]
+    wrong = ("--checkpoint", one, *module(trained, "Net"))  # it has no forward of its own
+    assert "does not run on the model's inputs" in run("bench", path, *wrong, code=2)
     assert "no symbolic size" in run("bench", path, "--size", "sequence=8", code=2)
 
 

@@ -348,7 +348,7 @@ def test_a_note_without_a_run_of_the_module_is_for_the_next_fit(owing: Path) -> 
     (debt,) = owed([owing])
     note(debt.model, "", debt.origin)
     (report,) = onnxport.resume(owing)
-    assert "Nothing says what the module computes" in str(report.error)
+    assert "It is not noted what the module computes" in str(report.error)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -122,7 +122,10 @@ def test_training_is_bit_identical(store: str, tmp_path: Path) -> None:
     assert with_tracking.losses == fit(tmp_path / "off").losses
 
 
-@pytest.mark.parametrize("how", ["hangs", "500", "slow", "closed"])
+SLOW = [pytest.param(how, marks=pytest.mark.exhaustive) for how in ("500", "slow")]
+
+
+@pytest.mark.parametrize("how", ["hangs", *SLOW, "closed"])
 def test_training_never_waits_for_the_server(how: str, tmp_path: Path) -> None:
     late = bad_server({"hangs": 30.0, "slow": 2.0}.get(how, 0.0))
     with nullcontext(f"http://127.0.0.1:{free_port()}") if how == "closed" else late as uri:

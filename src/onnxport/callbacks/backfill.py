@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import nn
 
 from onnxport.api import read_examples
 from onnxport.callbacks.live import LiveModule
+from onnxport.callbacks.options import read_mlflow
 from onnxport.callbacks.paths import is_model_of, model_path
 from onnxport.callbacks.runner import InlineRunner, Outcome, WorkerRunner
+from onnxport.callbacks.sync import tell_server
 from onnxport.config import Background, ExportOptions
 from onnxport.errors import ConfigurationError, OnnxportError
 from onnxport.exporter.checkpoint_file import is_readable, read_plain_content, read_state_dict
@@ -23,13 +26,15 @@ from onnxport.exporter.target import require_target
 from onnxport.pipeline import ExportJob
 from onnxport.pipeline.report_files import read_report
 from onnxport.report import ExportReport, Provenance
+from onnxport.tracking.base import Model, RunAddress
+from onnxport.tracking.job import Job
 from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from onnxport.callbacks.runner import Runner
-    from onnxport.config import CoreName, Inputs, Precision, Verify
+    from onnxport.config import CoreName, Inputs, MLflow, Precision, Verify
     from onnxport.exporter.target import Target
     from onnxport.tree import Example
 
@@ -55,6 +60,8 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     opset: int | None = None,
     precision: Precision | None = None,
     verify: bool | Verify = True,
+    mlflow: bool | MLflow = False,
+    register: str | None = None,
     workers: int = 1,
     again: bool = False,
     tell: Callable[[ExportReport], None] = lambda _: None,
@@ -77,13 +84,18 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
         opset: ONNX opset version.
         precision: Of the models.
         verify: How to prove.
+        mlflow: ``True`` or :class:`~onnxport.MLflow`: log the models, all in one run, and register
+            them by its policy; at its ``tracking_uri``, else ``MLFLOW_TRACKING_URI``, else on
+            sqlite in the current folder. Epoch, step and the watched metric come from the
+            checkpoints. What the server does not take is left for :func:`~onnxport.sync`.
+        register: Name in the model registry; short for ``MLflow(register=...)``.
         workers: How many processes; 0: this one.
         again: Make models also where there is one.
         tell: Called with each report as it comes, perhaps by another thread.
 
     Returns:
         One report per checkpoint, in their order; of a model that was there already, the one that
-        lies beside it.
+        lies beside it. What the tracking server holds is in it.
 
     Raises:
         ConfigurationError: If there is no such folder or file, or an argument is wrong.
@@ -119,7 +131,67 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     roots = [Path(checkpoints)] if isinstance(checkpoints, (str, os.PathLike)) else []
     folder = None if dirpath is None else Path(dirpath)
     paths = {file: model_path(file, folder, roots) for file in found}
-    return work.run(paths, again=again)
+    tracked = read_mlflow(mlflow or (register is not None), register)
+    reports = work.run(paths, again=again)
+    return reports if tracked is None else _told(list(paths.values()), reports, tracked[1])
+
+
+def _told(
+    paths: Sequence[Path], reports: Sequence[ExportReport], options: MLflow
+) -> list[ExportReport]:
+    """Tell the tracking server of the models; return the reports with what it holds."""
+    address = _address(options)
+    models = [
+        Model.of_file(path, report, provenance_of(Path(str(report.checkpoint))))
+        for path, report in zip(paths, reports, strict=True)
+        if report.ok and not _is_told(report, address)
+    ]
+    there = [model for model in models if model is not None]
+    best = max(there, key=_goodness, default=None)
+    told = tell_server(
+        Job(
+            model=model.path,
+            place=model.place,
+            address=address,
+            content=model,
+            last=model is best,
+            ended="FINISHED",
+        )
+        for model in there
+    )
+    return [
+        report.with_tracking(told[path.absolute()]) if path.absolute() in told else report
+        for path, report in zip(paths, reports, strict=True)
+    ]
+
+
+def _is_told(report: ExportReport, address: RunAddress) -> bool:
+    """Tell whether the server has held a model since an earlier time."""
+    held = report.tracking
+    return (
+        held is not None
+        and not held.missing
+        and held.uri == address.uri
+        and held.registered_name == address.options.register
+    )
+
+
+def _goodness(model: Model) -> float:
+    """Return a number that is larger for a better model; a later one is better than none."""
+    origin = model.origin
+    value = origin.metrics.get(origin.monitor or "", math.nan)
+    return -math.inf if math.isnan(value) else value if origin.mode == "max" else -value
+
+
+def _address(options: MLflow) -> RunAddress:
+    uri, fit = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), secrets.token_hex(16)
+    if uri:
+        return RunAddress(uri=uri, fit=fit, options=options)
+    here = Path.cwd()
+    root = (here / "mlartifacts").as_uri()
+    return RunAddress(
+        uri=f"sqlite:///{here / 'mlflow.db'}", fit=fit, artifact_root=root, options=options
+    )
 
 
 def checkpoints_in(

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 from onnxport.errors import ConfigurationError
 from onnxport.pipeline.report_files import read_report, save_report
 from onnxport.tracking.courier import Courier
-from onnxport.tracking.job import jobs_in, model_of
+from onnxport.tracking.job import jobs_in, model_of, save_job
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from onnxport.report import ExportReport, TrackingRecord
+    from onnxport.tracking.job import Job
 
-__all__ = ["keep_record", "sync"]
+__all__ = ["keep_record", "sync", "tell_server"]
 
 
 def keep_record(model: Path, record: TrackingRecord) -> ExportReport | None:
@@ -60,8 +61,29 @@ def sync(
     if not root.is_dir():
         found = f"{root} is a file" if root.exists() else f"There is no folder {root}"
         raise ConfigurationError(f"{found}. Give the folder of checkpoints.")
+    return _carry_out(jobs_in([root]), tell)
+
+
+def tell_server(
+    jobs: Iterable[Job], tell: Callable[[Path, TrackingRecord], None] = lambda *_: None
+) -> dict[Path, TrackingRecord]:
+    """Note what servers should hold, and tell them; see :func:`sync`.
+
+    Args:
+        jobs: One per model.
+        tell: As for :func:`sync`.
+
+    Returns:
+        As :func:`sync`; what could not be told stays noted for it.
+    """
+    return _carry_out((save_job(job) for job in jobs), tell)
+
+
+def _carry_out(
+    notes: Iterable[Path], tell: Callable[[Path, TrackingRecord], None]
+) -> dict[Path, TrackingRecord]:
     courier, told = Courier(), {}
-    for path in jobs_in([root]):
+    for path in notes:
         carried = courier.carry_out(path)
         if carried.record is not None:
             model = model_of(path)

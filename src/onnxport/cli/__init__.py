@@ -20,7 +20,7 @@ def _app() -> typer.Typer:
     with optional_import(extra="cli", needed_for="The command onnxport"):
         import typer
 
-    from onnxport.cli import models, runs
+    from onnxport.cli import bench, models, runs
 
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
     made: tuple[Callable[..., None], ...] = (
@@ -28,7 +28,7 @@ def _app() -> typer.Typer:
         models.verify,
         models.inspect,
         models.diff,
-        models.bench,
+        bench.bench,
     )
     left: tuple[Callable[..., None], ...] = (
         runs.resume,

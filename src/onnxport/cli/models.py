@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path  # noqa: TC003 - typer reads annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
+from onnxport.cli.inputs import Inputs, facts_at
 from onnxport.cli.output import INCOMPLETE, emit, line_of, or_exit, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import torch
-    from torch import nn
-
+    from onnxport.config import MLflow
     from onnxport.exporter.model_diff import ModelDifference
     from onnxport.exporter.model_facts import ModelFacts
     from onnxport.report import ExportReport
     from onnxport.signature import TensorSpec
-    from onnxport.validation.latency import Latency
 
-__all__ = ["bench", "diff", "export", "inspect", "verify"]
+__all__ = ["diff", "export", "inspect", "verify"]
 
 _MOST_WEIGHTS = 10
 """So many weights that differ are listed."""
@@ -41,6 +35,9 @@ def export(  # noqa: PLR0913 - options of a command
     core: str = "auto",
     opset: int | None = None,
     precision: str = "",
+    register: str = "",
+    tracking_uri: str = "",
+    experiment: str = "",
     workers: int = 1,
     trust_checkpoint: bool = False,
     again: bool = False,
@@ -52,8 +49,9 @@ def export(  # noqa: PLR0913 - options of a command
     --set name=value gives others. What forward takes is said by --shape [name=]8x3x32x32[:dtype]
     for each input, by --example FILE (.pt, .npy, .npz), by --datamodule package.module:Class, or by
     the module's example_input_array. A folder is done by --workers processes: one export, then
-    refreshes; what has its model already is passed over, unless --again. Exits with 1 if a model
-    could not be made.
+    refreshes; what has its model already is passed over, unless --again. With --tracking-uri, or
+    --register NAME (at MLFLOW_TRACKING_URI, else on sqlite here), MLflow gets the models, in one
+    run of --experiment. Exits with 1 if a model could not be made, or told.
     """  # noqa: DOC501 - this text is the help on the screen
     import typer
 
@@ -62,7 +60,7 @@ def export(  # noqa: PLR0913 - options of a command
 
     def work() -> list[ExportReport]:
         found = checkpoints_in(checkpoint)
-        inputs = _Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
+        inputs = Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
         load, given, chosen = inputs.read(found[0])
         options: dict[str, Any] = {"core": core, "precision": precision or None}
         with progress(len(found), quiet=json) as tell:
@@ -73,6 +71,7 @@ def export(  # noqa: PLR0913 - options of a command
                 dirpath=output,
                 target=target or chosen or None,
                 opset=opset,
+                mlflow=_tracking(register, tracking_uri, experiment),
                 workers=workers if len(found) > 1 else 0,
                 again=again,
                 tell=tell,
@@ -81,6 +80,7 @@ def export(  # noqa: PLR0913 - options of a command
 
     reports = or_exit(work, as_json=json)
     made = sum(report.ok for report in reports)
+    untold = [each for each in reports if each.tracking is not None and each.tracking.missing]
     if json:
         emit([asdict(report) for report in reports])
     else:
@@ -88,7 +88,9 @@ def export(  # noqa: PLR0913 - options of a command
             typer.echo(line_of(report))
         if len(reports) > 1:
             typer.echo(f"{made} of {len(reports)} checkpoints have a proven model.")
-    if made < len(reports):
+        for text in dict.fromkeys(str(each.tracking and each.tracking.missing) for each in untold):
+            typer.echo(f"MLflow was not told, `onnxport sync` tells it later: {text}", err=True)
+    if made < len(reports) or untold:
         raise typer.Exit(INCOMPLETE)
 
 
@@ -113,7 +115,7 @@ def verify(  # noqa: PLR0913 - options of a command
     """  # noqa: DOC501 - as above
     import typer
 
-    inputs = _Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
+    inputs = Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
 
     def work() -> dict[str, Any]:
         found = _compared(model, checkpoint)
@@ -144,7 +146,7 @@ def _compared(model: Path, checkpoint: Path) -> dict[str, Any]:
     from onnxport.exporter.checkpoint_file import is_readable, read_state_dict
     from onnxport.exporter.weights import weights_sha256
 
-    noted = _facts(model).origin.get("weights_sha256")
+    noted = facts_at(model).origin.get("weights_sha256")
     if not is_readable(checkpoint):
         raise ConfigurationError(f"There is no checkpoint at {checkpoint}.")
     found = weights_sha256(read_state_dict(checkpoint))
@@ -154,7 +156,7 @@ def _compared(model: Path, checkpoint: Path) -> dict[str, Any]:
     return {"ok": not why, "model": noted, "checkpoint": found, "why": why}
 
 
-def _proven(model: Path, checkpoint: Path, inputs: _Inputs, target: str) -> dict[str, Any]:
+def _proven(model: Path, checkpoint: Path, inputs: Inputs, target: str) -> dict[str, Any]:
     """Run a model beside the module of a checkpoint."""
     from onnxport.api import verify as prove
     from onnxport.errors import VerificationError
@@ -173,7 +175,7 @@ def inspect(model: Annotated[Path, "An ONNX model of any tool."], *, json: bool 
     """Say what a MODEL is: inputs, dynamic axes, operators, weights, and where it came from."""
     import typer
 
-    facts = or_exit(lambda: _facts(model), as_json=json)
+    facts = or_exit(lambda: facts_at(model), as_json=json)
     if json:
         emit(facts.to_dict())
         return
@@ -197,7 +199,7 @@ def diff(
 
     def work() -> ModelDifference:
         for file in (first, second):
-            _facts(file)
+            facts_at(file)
         return difference(first, second)
 
     found = or_exit(work, as_json=json)
@@ -210,100 +212,16 @@ def diff(
         raise typer.Exit(INCOMPLETE)
 
 
-def bench(
-    model: Annotated[Path, "An ONNX model."],
-    *,
-    batch: list[int] | None = None,
-    provider: list[str] | None = None,
-    size: list[str] | None = None,
-    seconds: float = 2.0,
-    json: bool = False,
-) -> None:
-    """Measure how long a MODEL takes: p50, p95 and rows per second, for each --batch and provider.
-
-    Providers take turns, after a warm-up. Symbolic sizes besides the batch are 16, or what --size
-    sequence=128 says. Inputs are random.
-    """
-    import typer
-
-    from onnxport.cli.load import read_settings
-
-    def work() -> list[Latency]:
-        sizes = read_settings(size or [])
-        return _measured(model, batch or [1, 8, 64], provider or [], sizes, seconds)
-
-    found = or_exit(work, as_json=json)
-    if json:
-        emit([each.to_dict() for each in found])
-        return
-    typer.echo(f"{'provider':<26}{'batch':>7}{'p50 ms':>10}{'p95 ms':>10}{'rows/s':>12}{'runs':>7}")
-    for each in found:
-        p50, p95 = each.p50 * 1e3, each.p95 * 1e3
-        row = f"{each.name:<26}{each.batch:>7}{p50:>10.3f}{p95:>10.3f}"
-        typer.echo(f"{row}{each.throughput:>12,.0f}{each.runs:>7}")
-
-
 # --- what they have in common ---------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What the options of a command say about a module and what it takes."""
+def _tracking(register: str, tracking_uri: str, experiment: str) -> bool | MLflow:
+    from onnxport.config import MLflow
 
-    module: str
-    shapes: Sequence[str] | None
-    example: Path | None
-    datamodule: str
-    settings: Sequence[str] | None
-    trust: bool = field(kw_only=True)
-
-    def read(self, checkpoint: Path) -> tuple[Callable[[Path], nn.Module], Any, str]:
-        """Return what loads modules, an example, and of which submodule it is a call.
-
-        Raises:
-            ConfigurationError: If there is no such module.
-        """
-        from onnxport.cli.load import ModuleLoader, example_from, named_object, read_settings
-        from onnxport.errors import ConfigurationError
-
-        if not self.module:
-            raise ConfigurationError(
-                "Nothing says what the weights are of: --module package.module:Class or "
-                "--module file.py:Class."
-            )
-        if self.trust:
-            sys.stderr.write("--trust-checkpoint: a checkpoint can run any code on this machine.\n")
-        settings = read_settings(self.settings or ())
-        load = ModuleLoader(named_object(self.module), settings, trust=self.trust)
-        first = load(checkpoint)
-        if self.datamodule and not (self.example or self.shapes):
-            from onnxport.callbacks.lightning.examples import observed_calls
-
-            given = load.content.get("datamodule_hyper_parameters")
-            chosen, calls = observed_calls(first, _made(named_object(self.datamodule), given))
-            return load, calls, chosen
-        return load, example_from(first, file=self.example, shapes=self.shapes or ()), ""
-
-
-def _made(make: Any, hyperparameters: object) -> Any:
-    from onnxport.errors import ConfigurationError
-
-    given = hyperparameters if isinstance(hyperparameters, dict) else {}
-    try:
-        return make(**given) if callable(make) else make
-    except Exception as error:
-        raise ConfigurationError(
-            f"The data module raised {type(error).__name__} when it was made: {error}"
-        ) from error
-
-
-def _facts(path: Path) -> ModelFacts:
-    from onnxport.errors import ConfigurationError
-    from onnxport.exporter.model_facts import facts_of
-
-    if not path.is_file():
-        raise ConfigurationError(f"There is no model at {path}. Give the path of an .onnx file.")
-    return facts_of(path)
+    if not (register or tracking_uri or experiment):
+        return False
+    options = MLflow(tracking_uri=tracking_uri or None, register=register or None)
+    return replace(options, experiment=experiment) if experiment else options
 
 
 def _lines_of(facts: ModelFacts) -> list[tuple[str, str]]:
@@ -348,48 +266,3 @@ def _lines_of_difference(found: ModelDifference) -> list[str]:
         lines.append(f"  and {len(found.weights) - _MOST_WEIGHTS} more")
     lines += [f"{key}: {ours} / {theirs}" for key, (ours, theirs) in found.origin.items()]
     return lines
-
-
-def _measured(
-    model: Path,
-    batches: Sequence[int],
-    providers: Sequence[str],
-    sizes: dict[str, Any],
-    seconds: float,
-) -> list[Latency]:
-    from onnxport.errors import ConfigurationError
-    from onnxport.validation.latency import latencies
-    from onnxport.validation.session import Session, require_runtime, resolve_providers
-
-    require_runtime()
-    facts = _facts(model)
-    names = {name for spec in facts.inputs for name in spec.dynamic_axes.values()}
-    if unknown := set(sizes) - names:
-        raise ConfigurationError(
-            f"The model has no symbolic size {min(unknown)!r}; it has {sorted(names)!r}."
-        )
-    sessions = {name: Session(model, name) for name in resolve_providers(providers or "auto")}
-    found: list[Latency] = []
-    first = facts.inputs[0].dynamic_axes.get(0) if facts.inputs else None
-    for rows in batches if first is not None else batches[:1]:
-        known = {first: rows} | sizes
-        feeds = [_random(spec, known) for spec in facts.inputs]
-        inputs = [spec.name for spec in facts.inputs]
-        ways = {name: partial(each.run, inputs, feeds) for name, each in sessions.items()}
-        counted = rows if first is not None else 1
-        found += latencies(ways, counted, budget_s=seconds)
-    return found
-
-
-_FREE_SIZE = 16
-"""Of a symbolic dimension that is not the batch, if nothing is said."""
-
-
-def _random(spec: TensorSpec, sizes: dict[Any, Any]) -> torch.Tensor:
-    import torch
-
-    shape = [size if isinstance(size, int) else sizes.get(size, _FREE_SIZE) for size in spec.shape]
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(shape).to(dtype)
-    return torch.randint(0, 2, shape).to(dtype)
