@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -75,6 +77,25 @@ class Plain(nn.Module):
 
     def forward(self, ids):
         return self.table(ids).mean(1)
+
+
+class Scaled(nn.Module):
+    def __init__(self, hidden=2, scale=None):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, hidden), 1.0 if scale is None else float(scale)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+class ScaledNet(pl.LightningModule):
+    def __init__(self, scale):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x) * self.hparams.scale
 
 
 class Fails(WithForward):
@@ -216,6 +237,74 @@ def test_a_hyperparameter_can_be_set(trained: Path, tmp_path: Path) -> None:
     assert "--set name=value" in text
     run(*plain, "--shape", "4x5:int64", "--set", "hidden=3")
     assert (tmp_path / "bare.onnx").exists()
+
+
+def test_each_checkpoint_has_its_own_hyperparameters(trained: Path, tmp_path: Path) -> None:
+    layer = nn.Linear(4, 2)
+    state = {f"layer.{name}": value for name, value in layer.state_dict().items()}
+    scales = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0]), "c": 5.0}
+    for name, scale in scales.items():
+        content = {"state_dict": state, "hyper_parameters": {"scale": scale}}
+        content |= {"pytorch-lightning_version": pl.__version__, "epoch": 0, "global_step": 0}
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    options = (*module(trained, "ScaledNet"), *SHAPE, "--workers", 0)
+    run("export", tmp_path, *options)
+    rows = torch.randn(3, 4)
+    for name, scale in scales.items():
+        session = ort.InferenceSession(tmp_path / f"{name}.onnx")
+        (found,) = session.run(None, {"x": rows.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), layer(rows) * scale)
+
+
+def test_a_hyperparameter_that_cannot_be_read_has_no_default(trained: Path, tmp_path: Path) -> None:
+    state = {f"layer.{name}": value for name, value in nn.Linear(4, 2).state_dict().items()}
+    for name, scale in {"object": Six(), "tensor": torch.ones(2)}.items():
+        content = {"state_dict": state, "hyper_parameters": {"scale": scale, "more": Six()}}
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        plain = ("export", tmp_path / f"{name}.ckpt", *module(trained, "Scaled"), *SHAPE)
+        text = " ".join(run(*plain, code=2).split())
+        assert "hyperparameter 'scale'" in text
+        run(*plain, "--set", "scale=2")
+
+
+def test_folders_below_have_models_of_the_same_name(trained: Path, tmp_path: Path) -> None:
+    for version, hidden in enumerate((3, 3, 4)):
+        folder = tmp_path / "logs" / f"version_{version}"
+        folder.mkdir(parents=True)
+        content = torch.load(trained / "plain.ckpt", weights_only=True)
+        content["state_dict"]["table.weight"] = torch.randn(4, hidden)
+        content["hyper_parameters"]["hidden"] = hidden
+        torch.save(content, folder / "last.ckpt")
+    plain = (*module(trained, "Plain"), "--core", "trace", "--shape", "4x5:int64")
+    for workers in (0, 1):
+        output = tmp_path / f"models{workers}"
+        options = (*plain, "--output", output, "--workers", workers)
+        reports = said("export", tmp_path / "logs", *options)
+        assert [report["ok"] for report in reports] == [True] * 3
+        names = sorted(str(path.relative_to(output)) for path in output.rglob("*.onnx"))
+        assert names == [f"version_{version}/last.onnx" for version in range(3)]
+
+
+def test_a_model_of_other_weights_is_made_anew(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "plain.ckpt", weights_only=True)
+    checkpoint, model = tmp_path / "p.ckpt", tmp_path / "p.onnx"
+    plain = ("export", checkpoint, *module(trained, "Plain"), "--core", "trace")
+    for _ in range(2):
+        content["state_dict"]["table.weight"] = torch.randn(4, 3)
+        torch.save(content, checkpoint)
+        os.utime(checkpoint, (1, 1))  # older than the model, as a copy may be
+        (report,) = said(*plain, "--shape", "4x5:int64")
+        assert report["weights_sha256"] == onnxport.weights_sha256(content["state_dict"])
+    assert model.exists()
+
+
+def test_a_damaged_checkpoint_holds_up_no_other(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"damaged")
+    (tmp_path / "b.ckpt").write_bytes((trained / "plain.ckpt").read_bytes())
+    plain = (*module(trained, "Plain"), "--core", "trace", "--shape", "4x5:int64")
+    reports = said("export", tmp_path, *plain, "--workers", 0, code=1)
+    assert [report["ok"] for report in reports] == [False, True]
 
 
 def test_what_does_not_export_ends_with_one(trained: Path, tmp_path: Path) -> None:
@@ -437,12 +526,20 @@ def test_one_that_fails_holds_up_no_other(tmp_path: Path) -> None:
         torch.save({"state_dict": net.state_dict()}, tmp_path / f"{name}.ckpt")
     torch.save({"state_dict": nn.Linear(5, 2).state_dict()}, tmp_path / "b.ckpt")
     (tmp_path / "d.ckpt").write_bytes(b"damaged")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "e.ckpt")
+
+    def make(path: Path) -> nn.Module:
+        if path.stem == "e":
+            raise RuntimeError("of the user")
+        return net
+
     told = []
     reports = onnxport.backfill(
-        tmp_path, net, torch.randn(8, 4), core="trace", workers=0, tell=told.append
+        tmp_path, make, torch.randn(8, 4), core="trace", workers=0, tell=told.append
     )
-    assert [report.ok for report in reports] == [True, False, True, False]
+    assert [report.ok for report in reports] == [True, False, True, False, False]
     assert told == reports
+    assert "RuntimeError: of the user" in str(reports[4].error)
     assert "cannot be read" in str(reports[3].error)
 
 

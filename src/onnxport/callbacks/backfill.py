@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -15,14 +16,16 @@ from torch import nn
 from onnxport.api import read_examples
 from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.options import read_mlflow
-from onnxport.callbacks.paths import is_model_of, model_path
+from onnxport.callbacks.paths import ModelPaths, is_model_of
 from onnxport.callbacks.runner import InlineRunner, Outcome, WorkerRunner
 from onnxport.callbacks.sync import tell_server
 from onnxport.config import Background, ExportOptions
 from onnxport.errors import ConfigurationError, OnnxportError
 from onnxport.exporter.checkpoint_file import is_readable, read_plain_content, read_state_dict
 from onnxport.exporter.fingerprint import fingerprint
+from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.target import require_target
+from onnxport.exporter.weights import weights_sha256
 from onnxport.pipeline import ExportJob
 from onnxport.pipeline.report_files import read_report
 from onnxport.report import ExportReport, Provenance
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from onnxport.tree import Example
 
 __all__ = ["backfill", "checkpoints_in", "provenance_of"]
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".ckpt"
 AHEAD = 2
@@ -130,10 +135,26 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     )
     roots = [Path(checkpoints)] if isinstance(checkpoints, (str, os.PathLike)) else []
     folder = None if dirpath is None else Path(dirpath)
-    paths = {file: model_path(file, folder, roots) for file in found}
+    paths = _paths(found, ModelPaths(folder, roots))
     tracked = read_mlflow(mlflow or (register is not None), register)
     reports = work.run(paths, again=again)
     return reports if tracked is None else _told(list(paths.values()), reports, tracked[1])
+
+
+def _paths(checkpoints: Sequence[Path], places: ModelPaths) -> dict[Path, Path]:
+    """Return where the model of each checkpoint goes.
+
+    Raises:
+        ConfigurationError: If two of them have one place.
+    """
+    paths: dict[Path, Path] = {}
+    taken: dict[Path, Path] = {}
+    for file in checkpoints:
+        path = paths[file] = places.of(str(file))
+        other = taken.setdefault(path, file)
+        if other != file:
+            raise ConfigurationError(f"{other} and {file} would have one model, {path}.")
+    return paths
 
 
 def _told(
@@ -142,7 +163,7 @@ def _told(
     """Tell the tracking server of the models; return the reports with what it holds."""
     address = _address(options)
     models = [
-        Model.of_file(path, report, provenance_of(Path(str(report.checkpoint))))
+        Model.of_file(path, report, _origin(report))
         for path, report in zip(paths, reports, strict=True)
         if report.ok and not _is_told(report, address)
     ]
@@ -163,6 +184,19 @@ def _told(
         report.with_tracking(told[path.absolute()]) if path.absolute() in told else report
         for path, report in zip(paths, reports, strict=True)
     ]
+
+
+def _origin(report: ExportReport) -> Provenance:
+    """Return where a model comes from, also if its checkpoint is gone meanwhile."""
+    try:
+        return provenance_of(Path(str(report.checkpoint)))
+    except (OnnxportError, OSError):
+        return Provenance(
+            checkpoint=report.checkpoint,
+            epoch=report.epoch,
+            global_step=report.global_step,
+            metrics=report.metrics,
+        )
 
 
 def _is_told(report: ExportReport, address: RunAddress) -> bool:
@@ -317,7 +351,8 @@ class _Backfill:
                 provenance=origin,
                 fingerprint=fingerprint(module),
             )
-        except (OnnxportError, OSError) as error:
+        except Exception as error:  # user code makes the module
+            logger.debug("%s could not be begun.", file, exc_info=True)
             done(file, ExportReport.of_failure("", origin).failed(error))
             return
         runner.run(job, live, file if file.is_file() else None, finished)
@@ -340,14 +375,15 @@ class _Backfill:
 
 
 def _known(checkpoint: Path, path: Path) -> ExportReport | None:
-    """Return the report of a model that is there and is not older than its checkpoint."""
+    """Return the report of a model that is there and holds the weights of its checkpoint."""
     report = read_report(path)
-    try:
-        current = path.stat().st_mtime >= checkpoint.stat().st_mtime
-    except OSError:
+    if report is None or not report.ok or not is_model_of(path, checkpoint):
         return None
-    mine = report is not None and report.ok and is_model_of(path, checkpoint)
-    return report if mine and current else None
+    try:
+        digest = weights_sha256(read_state_dict(checkpoint))
+    except (OnnxportError, OSError):
+        return None  # it is tried, and said
+    return report if read_metadata(path).get("weights_sha256") == digest else None
 
 
 def _read_workers(workers: object) -> int:

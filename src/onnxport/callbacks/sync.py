@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnxport.errors import ConfigurationError
 from onnxport.pipeline.report_files import read_report, save_report
+from onnxport.report import TrackingRecord
 from onnxport.tracking.courier import Courier
 from onnxport.tracking.job import jobs_in, model_of, save_job
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable
 
-    from onnxport.report import ExportReport, TrackingRecord
+    from onnxport.report import ExportReport
     from onnxport.tracking.job import Job
 
 __all__ = ["keep_record", "sync", "tell_server"]
@@ -76,7 +77,14 @@ def tell_server(
     Returns:
         As :func:`sync`; what could not be told stays noted for it.
     """
-    return _carry_out((save_job(job) for job in jobs), tell)
+    noted, refused = [], {}
+    for job in jobs:
+        try:
+            noted.append(save_job(job))
+        except OSError as error:
+            why = f"It could not be noted beside the model: {error}"
+            refused[job.model] = TrackingRecord(uri=job.address.uri, missing=why)
+    return refused | _carry_out(noted, tell)
 
 
 def _carry_out(

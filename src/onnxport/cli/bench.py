@@ -143,8 +143,12 @@ _FREE_SIZE = 16
 def _random(spec: TensorSpec, sizes: dict[Any, Any]) -> torch.Tensor:
     import torch
 
+    from onnxport.errors import ConfigurationError
+
     shape = [size if isinstance(size, int) else sizes.get(size, _FREE_SIZE) for size in spec.shape]
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError(f"The input {spec.name!r} is of {spec.dtype}, which is no number.")
     if dtype.is_floating_point:
         return torch.randn(shape).to(dtype)
     return torch.randint(0, 2, shape).to(dtype)

@@ -29,17 +29,24 @@ class Inputs:
     settings: Sequence[str] | None
     trust: bool = field(kw_only=True)
 
-    def read(self, checkpoint: Path) -> tuple[Callable[[Path], nn.Module], Any, str]:
-        """Return what loads modules, an example, and of which submodule it is a call."""
+    def read(self, checkpoints: Sequence[Path]) -> tuple[Callable[[Path], nn.Module], Any, str]:
+        """Return what loads modules, an example, and of which submodule it is a call.
+
+        Args:
+            checkpoints: The first one that can be loaded gives the module that is watched.
+
+        Raises:
+            OnnxportError: Of the first one, if none can be loaded.
+        """
         from onnxport.cli.load import example_from, named_object
 
         load = self.loader()
-        first = load(checkpoint)
+        first, checkpoint = _first(load, checkpoints)
         if self.datamodule and not (self.example or self.shapes):
             from onnxport.callbacks.lightning.examples import observed_calls
 
-            given = load.content.get("datamodule_hyper_parameters")
-            chosen, calls = observed_calls(first, _made(named_object(self.datamodule), given))
+            data = _made(named_object(self.datamodule), checkpoint)
+            chosen, calls = observed_calls(first, data)
             return load, calls, chosen
         return load, example_from(first, file=self.example, shapes=self.shapes or ()), ""
 
@@ -63,10 +70,34 @@ class Inputs:
         return ModuleLoader(named_object(self.module), settings, trust=self.trust)
 
 
-def _made(make: Any, hyperparameters: object) -> Any:
+def _first(load: ModuleLoader, checkpoints: Sequence[Path]) -> tuple[nn.Module, Path]:
+    """Return the module of the first checkpoint that has one; others may be damaged.
+
+    Raises:
+        OnnxportError: Of the first one, if none has.
+    """
+    from onnxport.errors import OnnxportError
+
+    failed: list[OnnxportError] = []
+    for checkpoint in checkpoints:
+        try:
+            return load(checkpoint), checkpoint
+        except OnnxportError as error:
+            failed.append(error)
+    raise failed[0]
+
+
+def _made(make: Any, checkpoint: Path) -> Any:
+    """Make a data module, with the hyperparameters that the checkpoint holds of it.
+
+    Raises:
+        ConfigurationError: If it cannot be made.
+    """
+    from onnxport.cli.load import hyperparameters, require_plain
     from onnxport.errors import ConfigurationError
 
-    given = hyperparameters if isinstance(hyperparameters, dict) else {}
+    given = hyperparameters(checkpoint, "datamodule_hyper_parameters")
+    require_plain(given, checkpoint)
     try:
         return make(**given) if callable(make) else make
     except Exception as error:

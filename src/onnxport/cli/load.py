@@ -19,18 +19,30 @@ from torch import nn
 from onnxport._archive import require_archive
 from onnxport._files import MOST_BYTES
 from onnxport.errors import ConfigurationError, InputInferenceError, OnnxportError
-from onnxport.exporter.checkpoint_file import read_plain_content, read_state_dict
+from onnxport.exporter.checkpoint_file import (
+    NOT_PLAIN,
+    read_plain_content,
+    read_state_dict,
+)
 from onnxport.exporter.module_state import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
-__all__ = ["ModuleLoader", "example_from", "named_object", "read_settings"]
+__all__ = [
+    "ModuleLoader",
+    "example_from",
+    "hyperparameters",
+    "named_object",
+    "read_settings",
+    "require_plain",
+]
 
 logger = logging.getLogger(__name__)
 
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:[x,]\d+)*)?(?::(?P<dtype>\w+))?")
+_META = "meta.pt"
 _EXAMPLE_BYTES = MOST_BYTES * 16
 """What a file with an example may hold at most: 1 GiB."""
 
@@ -137,31 +149,23 @@ class ModuleLoader:
         if not callable(make):
             raise ConfigurationError(f"{make!r} is no class and no function.")
         self._make, self._settings, self._trust = make, dict(settings), trust
-        self._known: dict[str, nn.Module] = {}
-        self.content: dict[str, Any] = {}
 
     def __call__(self, checkpoint: Path) -> nn.Module:
-        """Return the module; the same one for checkpoints of the same hyperparameters.
+        """Return the module of a checkpoint, in eval mode.
 
         Raises:
             ConfigurationError: If it cannot be made.
             ExportError: If the checkpoint cannot be read.
         """
-        self.content = {} if checkpoint.is_dir() else read_plain_content(checkpoint)
-        given = self.content.get("hyper_parameters")
-        wanted = (given if isinstance(given, dict) else {}) | self._settings
-        key = json.dumps(wanted, sort_keys=True, default=repr)
-        if key not in self._known:
-            self._known[key] = self._load(checkpoint, wanted).eval()
-        return self._known[key]
+        return self._load(checkpoint).eval()
 
-    def _load(self, checkpoint: Path, wanted: Mapping[str, Any]) -> nn.Module:
+    def _load(self, checkpoint: Path) -> nn.Module:
         if isinstance(self._make, nn.Module):
             made: Any = self._make
         elif hasattr(self._make, "load_from_checkpoint") and not checkpoint.is_dir():
             return self._load_by_itself(checkpoint)
         else:
-            made = self._call(wanted)
+            made = self._call(hyperparameters(checkpoint), checkpoint)
         if not isinstance(made, nn.Module):
             raise ConfigurationError(
                 f"{_name(self._make)} made no torch.nn.Module but {type(made).__name__}."
@@ -199,22 +203,65 @@ class ModuleLoader:
             ) from error
         return made
 
-    def _call(self, wanted: Mapping[str, Any]) -> Any:
-        taken = wanted
+    def _call(self, saved: Mapping[str, Any], checkpoint: Path) -> Any:
         try:
             parameters = list(inspect.signature(self._make).parameters.values())
         except (TypeError, ValueError):
             parameters = []
+        wanted = {**saved, **self._settings}
         if parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             names = {each.name for each in parameters}
-            taken = {name: value for name, value in wanted.items() if name in names}
+            wanted = {name: value for name, value in wanted.items() if name in names}
+        require_plain(wanted, checkpoint)
         try:
-            return self._make(**taken)
+            return self._make(**wanted)
         except Exception as error:
             raise ConfigurationError(
-                f"{_name(self._make)}({', '.join(taken)}) raised {type(error).__name__}: {error}. "
+                f"{_name(self._make)}({', '.join(wanted)}) raised {type(error).__name__}: {error}. "
                 "--set name=value gives a hyperparameter that the checkpoint lacks."
             ) from error
+
+
+def hyperparameters(checkpoint: Path, key: str = "hyper_parameters") -> dict[str, Any]:
+    """Return the hyperparameters that a checkpoint holds.
+
+    Args:
+        checkpoint: A file; or a folder that processes have written together, where Lightning puts
+            what is no weight into ``meta.pt``.
+        key: Of the module's, or of the data module's.
+
+    Raises:
+        ExportError: If it cannot be read.
+        ConfigurationError: If they are an object of another class as a whole.
+    """
+    file = checkpoint / _META if checkpoint.is_dir() else checkpoint
+    found = read_plain_content(file).get(key) if file.is_file() else None
+    if found is NOT_PLAIN:
+        require_plain({key: found}, checkpoint)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def require_plain(values: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse hyperparameters whose values cannot be read: a default in their place would be wrong.
+
+    Raises:
+        ConfigurationError: With the first one.
+    """
+    for name, value in values.items():
+        if _holds_other(value):
+            raise ConfigurationError(
+                f"The hyperparameter {name!r} in {checkpoint} is, or holds, an object that is no "
+                "plain value. Give it with --set name=value, or give --module a function that "
+                "makes the module."
+            )
+
+
+def _holds_other(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_other, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_other, value))
+    return value is NOT_PLAIN
 
 
 def example_from(

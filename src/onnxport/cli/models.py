@@ -61,11 +61,11 @@ def export(  # noqa: PLR0913 - options of a command
     def work() -> list[ExportReport]:
         found = checkpoints_in(checkpoint)
         inputs = Inputs(module, shape, example, datamodule, set, trust=trust_checkpoint)
-        load, given, chosen = inputs.read(found[0])
+        load, given, chosen = inputs.read(found)
         options: dict[str, Any] = {"core": core, "precision": precision or None}
         with progress(len(found), quiet=json) as tell:
             return backfill(
-                found,
+                checkpoint,
                 load,
                 given,
                 dirpath=output,
@@ -162,7 +162,7 @@ def _proven(model: Path, checkpoint: Path, inputs: Inputs, target: str) -> dict[
     from onnxport.errors import VerificationError
     from onnxport.exporter.target import find_target
 
-    load, given, chosen = inputs.read(checkpoint)
+    load, given, chosen = inputs.read([checkpoint])
     module = find_target(load(checkpoint), target or chosen)
     try:
         checks, why = prove(model, module, given), ""

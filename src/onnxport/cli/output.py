@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def or_exit(work: Callable[[], Result], *, as_json: bool = False) -> Result:
-    """Do something; an error of ours is a sentence on stderr, and exit code 2.
+    """Do something; an error of ours, or of the disk, is a sentence on stderr, and exit code 2.
 
     Raises:
         Exit: If so.
@@ -32,7 +32,7 @@ def or_exit(work: Callable[[], Result], *, as_json: bool = False) -> Result:
 
     try:
         return work()
-    except OnnxportError as error:
+    except (OnnxportError, OSError) as error:
         if as_json:
             emit({"ok": False, "error": str(error), "code": code_of(error)})
         else:

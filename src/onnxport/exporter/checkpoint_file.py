@@ -25,7 +25,7 @@ from onnxport.errors import ExportError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["is_checkpoint", "is_readable", "read_plain_content", "read_state_dict"]
+__all__ = ["NOT_PLAIN", "is_checkpoint", "is_readable", "read_plain_content", "read_state_dict"]
 
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
@@ -52,7 +52,7 @@ _OF_DEEPSPEED = "latest"
 """What DeepSpeed writes last into a folder."""
 MAX_DEPTH = 8
 """How deep plain values of a checkpoint are read."""
-_INERT = object()
+NOT_PLAIN = object()
 """Stands for what is no plain value."""
 _REBUILDERS = frozenset(
     {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
@@ -96,7 +96,8 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
 def read_plain_content(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says in plain values: numbers, strings and containers of these.
 
-    Tensors of one number become numbers; other tensors and objects of any class are left out.
+    Tensors without dimensions become numbers; in place of other tensors, and of objects of any
+    class, there is :data:`NOT_PLAIN`.
 
     Args:
         path: A file that ``torch.save`` wrote.
@@ -120,16 +121,16 @@ def read_plain_content(path: Path) -> dict[str, Any]:
 
 def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else _INERT
+        return value.item() if value.dim() == 0 else NOT_PLAIN
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if depth and isinstance(value, dict):
-        items = ((key, _plain(item, depth - 1)) for key, item in value.items())
-        return {key: item for key, item in items if isinstance(key, str) and item is not _INERT}
-    if depth and isinstance(value, (list, tuple)):
-        kept = (_plain(item, depth - 1) for item in value)
-        return type(value)(item for item in kept if item is not _INERT)
-    return _INERT
+        return {key: _plain(item, depth - 1) for key, item in value.items() if isinstance(key, str)}
+    if depth and isinstance(value, list):
+        return [_plain(item, depth - 1) for item in value]
+    if depth and isinstance(value, tuple):
+        return tuple(_plain(item, depth - 1) for item in value)
+    return NOT_PLAIN
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -134,7 +134,10 @@ def _interface(first: ModelFacts, second: ModelFacts) -> list[str]:
 
 
 def _structure(model: onnx.ModelProto) -> str:
-    """Return a hash of the nodes; names of inner values do not count, their connections do."""
+    """Return a hash of the nodes; names of inner values do not count, their connections do.
+
+    Within the bodies of branches, loops and functions, names count, too.
+    """
     digest = hashlib.sha256()
     names: dict[str, str] = {"": ""}
     for value in (*model.graph.input, *model.graph.initializer):
@@ -148,6 +151,8 @@ def _structure(model: onnx.ModelProto) -> str:
         outputs = [canonical(name) for name in node.output]
         attributes = sorted(each.SerializeToString(deterministic=True) for each in node.attribute)
         digest.update(repr((node.domain, node.op_type, inputs, outputs, attributes)).encode())
+    for function in model.functions:
+        digest.update(function.SerializeToString(deterministic=True))
     digest.update(repr([canonical(value.name) for value in model.graph.output]).encode())
     return digest.hexdigest()
 
@@ -158,6 +163,9 @@ def _weight(
     if first.shape != second.shape or first.dtype != second.dtype:
         why = f"{first.dtype}{list(first.shape)} / {second.dtype}{list(second.shape)}"
         return WeightDifference(name=name, why=why)
+    if first.dtype == object:  # strings
+        same = np.array_equal(first, second)
+        return None if same else WeightDifference(name=name, why="texts")
     left, right = first.reshape(-1), second.reshape(-1)
     largest, squares, norm, same = 0.0, 0.0, 0.0, True
     for begin in range(0, left.size, _MOST_ELEMENTS):

@@ -119,9 +119,14 @@ def weights_of(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, np.nda
         if not math.prod(shape):
             yield tensor.name, np.empty(shape, dtype)
             continue
-        file = path.parent / place["location"]
-        raw = np.memmap(file, np.uint8, "r", int(place.get("offset") or 0), (_nbytes(tensor),))
-        yield tensor.name, raw.view(dtype).reshape(shape)
+        file, whole = path.parent / place["location"], _nbytes(tensor)
+        length = int(place.get("length") or whole)
+        raw = np.memmap(file, np.uint8, "r", int(place.get("offset") or 0), (length,))
+        if length == whole:
+            yield tensor.name, raw.view(dtype).reshape(shape)
+        else:  # two elements of four bits share a byte
+            packed = onnx.TensorProto(dims=shape, data_type=tensor.data_type, raw_data=bytes(raw))
+            yield tensor.name, onnx.numpy_helper.to_array(packed)
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:

@@ -396,6 +396,8 @@ class OnnxExport(metaclass=FrameworkAware):
             with _never_raises("the end of training by an error"):
                 session.finish()
         self._finish_tracking(end - time.monotonic())
+        with _never_raises("showing what was made"):
+            self._show(trainer)
 
     def _say(self, text: str) -> None:
         if self.console:

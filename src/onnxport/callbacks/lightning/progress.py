@@ -39,12 +39,17 @@ def add_status(trainer: Any, status: Callable[[], str]) -> None:
             return items
         return shown if shown["onnx"] and "onnx" not in items else items
 
-    vars(bar)[_MARK] = True
+    vars(bar)[_MARK] = vars(bar).get("get_metrics")
     vars(bar)["get_metrics"] = get_metrics
 
 
 def remove_status(trainer: Any) -> None:
     """Leave the progress bar as it was."""
     bar = getattr(trainer, "progress_bar_callback", None)
-    if bar is not None and vars(bar).pop(_MARK, False):
+    if bar is None or _MARK not in vars(bar):
+        return
+    own = vars(bar).pop(_MARK)  # of the instance, if somebody has put one there before
+    if own is None:
         vars(bar).pop("get_metrics", None)
+    else:
+        vars(bar)["get_metrics"] = own
