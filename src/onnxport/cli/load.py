@@ -184,7 +184,9 @@ class ModuleLoader:
 
         Raises:
             ConfigurationError: If it does not.
+            ExportError: If the file is none, or is damaged: trust would not help.
         """
+        read_plain_content(checkpoint)
         options = {"weights_only": False} if self._trust else {}
         make: Any = self._make
         try:
