@@ -218,7 +218,11 @@ def test_a_model_that_fails_alone_lets_no_others_wait(
     assert str(error) in answers[0]["record"]["missing"]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no way"), KeyError("run_id")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("no way"), KeyError("run_id"), TimeoutError("timed out"), BrokenPipeError()],
+    ids=repr,
+)
 def test_while_a_server_is_down_each_failed_model_gets_its_turn(
     error: Exception, address: RunAddress, report: ExportReport, tmp_path: Path
 ) -> None:

@@ -478,7 +478,7 @@ class ExportSession:
         if self._withdrawals.withdraw(path, checkpoint):
             self._unnoted.settle(path)
         else:
-            self._unnoted.refused(path, checkpoint)
+            self._unnoted.keep(path, checkpoint)
         self._runner.forget(path)
         self._try_again()
 

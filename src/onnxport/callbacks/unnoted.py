@@ -44,7 +44,7 @@ class Unnoted:
         if origin.checkpoint is not None and not is_owed(path):
             self._origins[path] = origin
 
-    def refused(self, path: Path, checkpoint: str) -> None:
+    def keep(self, path: Path, checkpoint: str) -> None:
         """The folder of a model takes no note of it, and may hold an older model of this name.
 
         Args:
@@ -102,6 +102,6 @@ class Unnoted:
                 self.settle(path)
             else:
                 refusing.add(path.parent)
-        for path in [path for path in self._removed if path.parent not in refusing]:
-            if not refused.may_be_there(path):
+        for path in tuple(self._removed):  # a worker's thread may add to it
+            if path.parent not in refusing and not refused.may_be_there(path):
                 self.settle(path)
