@@ -201,9 +201,7 @@ def _is_down(error: Exception) -> bool:
         return code in _OF_THE_SERVER
     if isinstance(error, (TrackingError, ConnectionError, TimeoutError)):
         return True
-    of_the_way = isinstance(error, (ConnectionError, TimeoutError))  # which are OSErrors, too
-    builtin = type(error).__module__ == "builtins" and not of_the_way
-    of_a_file = builtin and isinstance(error, (OSError, ValueError))
+    of_a_file = type(error).__module__ == "builtins" and isinstance(error, (OSError, ValueError))
     ours = isinstance(error, OnnxportError)
     return not (of_a_file or ours or type(error).__module__.startswith(_OF_A_MODEL))
 
