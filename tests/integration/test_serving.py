@@ -166,11 +166,9 @@ def champion(
 def served(champion: Champion, folder: Path) -> Iterator[str]:
     """Serve it as the documentation says; yield where to ask."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@champion"]
-    command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port), "--workers", "1"]
-    # MLflow starts the server by its bare name.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"MLFLOW_TRACKING_URI": champion.store, "PATH": path}
+    ours = "from onnxport.cli import main; main()"  # hands over to `mlflow models serve`
+    command = [sys.executable, "-c", ours, "serve", "served", "--port", str(port)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": champion.store}
     uri = f"http://127.0.0.1:{port}"
     with running(command, uri, "ping", folder / "serve.log", environment):
         yield uri

@@ -157,6 +157,8 @@ def serve(
     uri = f"models:/{model}@{alias}" if plain else model
     if tracking_uri:
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    # MLflow starts the server by its bare name, which need not be on the path of a shell.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", uri]
     command += ["--host", host, "--port", str(port), "--env-manager", "local"]
     sys.stdout.flush()
