@@ -74,7 +74,7 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     """Make the models of checkpoints that are there already.
 
     The first one of a structure is exported, the others are refreshed and proven each. What has a
-    proven model already is passed over.
+    proven model of its weights already is passed over.
 
     Args:
         checkpoints: Files, or a folder: all ``*.ckpt`` in it and below.
@@ -82,7 +82,8 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
             one and returns its module. It is not touched. Where it returns the same object again,
             only the weights are exchanged.
         example: A call of the module, as for :func:`~onnxport.export`.
-        dirpath: Folder for the models; default: beside each checkpoint.
+        dirpath: Folder for the models, below which they lie as their checkpoints do; default:
+            beside each checkpoint.
         core: See :func:`~onnxport.export`; the next four, too.
         target: What to export of the module.
         inputs: Overrides of what is inferred.
