@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import zoo
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from onnxport import OnnxExport
 from onnxport.callbacks.summary import MOST_ROWS, show, status_of, table_of
@@ -102,6 +102,27 @@ def test_it_is_quiet_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert [report.ok for report in export.reports] == [True, True]
     assert [text for text in caplog.messages if text.startswith("onnxport")] == []
     assert set(bar.shown) == {""}
+
+
+def test_the_table_comes_after_ctrl_c_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupts(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    caplog.set_level("INFO")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Interrupts())
+    assert any("1 of 1 checkpoints have a proven model" in text for text in caplog.messages)
+
+
+def test_what_somebody_has_put_on_the_bar_stays(tmp_path: Path) -> None:
+    bar = Bar()
+    own = bar.get_metrics
+    vars(bar)["get_metrics"] = own
+    fit(tmp_path, bar)
+    assert vars(bar)["get_metrics"] is own
+    assert bar.shown[-1].startswith("step 3 proven ")
 
 
 def test_a_failure_is_in_the_table() -> None:

@@ -416,7 +416,7 @@ class OnnxExport(metaclass=FrameworkAware):
             show([r for group in zip_longest(*now) for r in group if r is not None], self._say)
 
     def _drain(self, trainer: Any, limit_s: float) -> None:
-        drain(self._sessions, limit_s, trainer, self._say)
+        drain(self._sessions, limit_s, trainer if self.console else None, self._say)
 
     def _early_weights(
         self, trainer: Any, pl_module: Any
