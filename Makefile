@@ -11,6 +11,8 @@ LOG := .install.log
 TEST_ARGS ?=
 # Files of tests run side by side; more processes need more memory, some 3 GB each.
 TEST_PROCESSES ?= 2
+# Threads that wait by spinning take the cores from the other process; the numbers are the same.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 ZOO := .venv-zoo
 ZOO_STAMP := $(ZOO)/.installed
 ZOO_LOG := .install-zoo.log
