@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxport.errors import ExportError, OnnxportError, code_of
 from onnxport.signature import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "Attempt",
     "AxisEvidence",
     "Check",
     "ExportReport",
+    "Latency",
+    "MetricPair",
+    "MetricParity",
     "OutputError",
+    "Placement",
     "Provenance",
     "TrackingRecord",
+    "Variant",
 ]
 
 
@@ -118,6 +126,127 @@ class AxisEvidence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where ONNX Runtime runs the nodes of a model when it is asked for one provider.
+
+    Args:
+        provider: Execution provider that was asked for.
+        nodes: Execution provider -> operator -> how many nodes of it run there. What a provider
+            has compiled into a node of its own counts under that node's name.
+    """
+
+    provider: str
+    nodes: dict[str, dict[str, int]]
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """Operator -> how many nodes of it run on another provider than the one asked for."""
+        found: dict[str, int] = {}
+        for provider, operators in self.nodes.items():
+            if provider != self.provider:
+                for operator, count in operators.items():
+                    found[operator] = found.get(operator, 0) + count
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """How long one way of running a model takes at one batch size.
+
+    Args:
+        name: Of the way: an execution provider, ``"eager"`` or ``"compiled"``.
+        batch: Rows of a run.
+        runs: How many were measured.
+        p50: Median, in seconds.
+        p95: Of twenty runs, one takes longer; in seconds.
+        throughput: Rows per second, of the median.
+    """
+
+    name: str
+    batch: int
+    runs: int
+    p50: float
+    p95: float
+    throughput: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricPair:
+    """One metric of the module's own validation, computed twice.
+
+    Args:
+        name: As the module logs it.
+        torch: With PyTorch.
+        onnx: With the ONNX model in the place of the target's ``forward``.
+        ok: The second is no worse than allowed.
+        reason: Why not, in words.
+    """
+
+    name: str
+    torch: float
+    onnx: float
+    ok: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricParity:
+    """The module's own validation, run with PyTorch and with the ONNX model.
+
+    Args:
+        provider: Execution provider that ran the model.
+        batches: How many batches of the validation data were used, over all loaders.
+        calls: How often the ONNX model was run.
+        metrics: What was logged.
+        ok: No metric is worse than allowed, and the model was run.
+        reason: Why not, in words.
+        seconds: How long both took together.
+    """
+
+    provider: str
+    batches: int
+    calls: int
+    metrics: tuple[MetricPair, ...]
+    ok: bool
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A smaller or faster child of a proven model.
+
+    Args:
+        name: ``"fp16"``, ``"int8"`` (dynamic) or ``"int8-static"``.
+        ok: Whether it was proven and published.
+        path: Its file, or ``None``.
+        bytes: Size of its file, external data included.
+        checks: Its proof, against the same references, with a budget of its own.
+        metric_parity: The module's own validation with it, or ``None``.
+        latencies: How long its runs take.
+        model_id: The tracking server's logged model, or ``None``.
+        error: Why there is none, or ``None``.
+        seconds: How long it took to make and prove.
+    """
+
+    name: str
+    ok: bool
+    path: str | None = None
+    bytes: int | None = None
+    checks: tuple[Check, ...] = ()
+    metric_parity: MetricParity | None = None
+    latencies: tuple[Latency, ...] = ()
+    model_id: str | None = None
+    error: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """The largest error of any output in any check, or ``None`` without checks."""
+        return _largest_error(self.checks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingRecord:
     """What a tracking server holds of a model.
 
@@ -166,6 +295,12 @@ class ExportReport:
         opset: ONNX opset version.
         attempts: One per try of a core, in order.
         checks: The proof.
+        bytes: Size of the model's file, external data included.
+        placements: Where its nodes run, for each provider that it was proven on; of the first
+            model of its graph alone.
+        latencies: How long its runs take, where that was asked for.
+        metric_parity: The module's own validation with this model, or ``None``.
+        variants: Its smaller and faster children.
         warnings: What the user should know.
         seconds: Duration of each stage. ``"total"``: from the saved checkpoint to the published
             model, waiting (for the worker's start, and for the models before it) included;
@@ -196,6 +331,11 @@ class ExportReport:
     opset: int | None = None
     attempts: tuple[Attempt, ...] = ()
     checks: tuple[Check, ...] = ()
+    bytes: int | None = None
+    placements: tuple[Placement, ...] = ()
+    latencies: tuple[Latency, ...] = ()
+    metric_parity: MetricParity | None = None
+    variants: tuple[Variant, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -211,8 +351,7 @@ class ExportReport:
     @property
     def max_abs_error(self) -> float | None:
         """The largest error of any output in any check, or ``None`` without checks."""
-        errors = [output.max_abs_error for check in self.checks for output in check.outputs]
-        return max(errors, default=None)
+        return _largest_error(self.checks)
 
     @classmethod
     def of_failure(
@@ -256,6 +395,7 @@ class ExportReport:
         data = json.loads(text)
         data.pop("dynamic_axes", None)
         tracking = data.pop("tracking", None)
+        parity = data.pop("metric_parity", None)  # and others that an older report does not have
         return cls(
             **data
             | {
@@ -264,11 +404,47 @@ class ExportReport:
                 "outputs": tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
                 "evidence": tuple(AxisEvidence(**item) for item in data["evidence"]),
                 "attempts": tuple(Attempt(**attempt) for attempt in data["attempts"]),
-                "checks": tuple(_check(check) for check in data["checks"]),
+                "checks": _checks(data["checks"]),
+                "placements": tuple(Placement(**one) for one in data.get("placements", ())),
+                "latencies": _latencies(data.get("latencies", ())),
+                "metric_parity": None if parity is None else _parity(parity),
+                "variants": tuple(_variant(one) for one in data.get("variants", ())),
                 "warnings": tuple(data["warnings"]),
                 "tracking": None if tracking is None else TrackingRecord(**tracking),
             }
         )
+
+
+def _largest_error(checks: Iterable[Check]) -> float | None:
+    return max((one.max_abs_error for check in checks for one in check.outputs), default=None)
+
+
+def _checks(data: Iterable[dict[str, Any]]) -> tuple[Check, ...]:
+    return tuple(_check(check) for check in data)
+
+
+def _latencies(data: Iterable[dict[str, Any]]) -> tuple[Latency, ...]:
+    return tuple(Latency(**one | {"throughput": float(one["throughput"])}) for one in data)
+
+
+def _parity(data: dict[str, Any]) -> MetricParity:
+    metrics = tuple(
+        MetricPair(**one | {"torch": float(one["torch"]), "onnx": float(one["onnx"])})
+        for one in data["metrics"]
+    )
+    return MetricParity(**data | {"metrics": metrics})
+
+
+def _variant(data: dict[str, Any]) -> Variant:
+    parity = data["metric_parity"]
+    return Variant(
+        **data
+        | {
+            "checks": _checks(data["checks"]),
+            "metric_parity": None if parity is None else _parity(parity),
+            "latencies": _latencies(data["latencies"]),
+        }
+    )
 
 
 def _check(data: dict[str, Any]) -> Check:

@@ -17,8 +17,13 @@ from onnxport.report import (
     AxisEvidence,
     Check,
     ExportReport,
+    Latency,
+    MetricPair,
+    MetricParity,
     OutputError,
+    Placement,
     TrackingRecord,
+    Variant,
 )
 from onnxport.signature import TensorSpec
 
@@ -73,6 +78,46 @@ def tuples(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(items, max_size=2).map(tuple)
 
 
+PLACEMENTS = st.builds(
+    Placement,
+    provider=TEXT,
+    nodes=st.dictionaries(TEXT, st.dictionaries(NAMES, st.integers(1, 9), max_size=2), max_size=2),
+)
+LATENCIES = st.builds(
+    Latency,
+    name=TEXT,
+    batch=st.integers(1, 64),
+    runs=st.integers(5, 99),
+    p50=SECONDS,
+    p95=SECONDS,
+    throughput=st.floats(0),
+)
+METRICS = st.builds(
+    MetricPair, name=NAMES, torch=st.floats(), onnx=st.floats(), ok=st.booleans(), reason=TEXT
+)
+PARITY = st.builds(
+    MetricParity,
+    provider=TEXT,
+    batches=st.integers(0, 9),
+    calls=st.integers(0, 9),
+    metrics=tuples(METRICS),
+    ok=st.booleans(),
+    reason=TEXT,
+    seconds=SECONDS,
+)
+VARIANTS = st.builds(
+    Variant,
+    name=NAMES,
+    ok=st.booleans(),
+    path=MAYBE_TEXT,
+    bytes=st.none() | st.integers(0, 10**12),
+    checks=tuples(CHECKS),
+    metric_parity=st.none() | PARITY,
+    latencies=tuples(LATENCIES),
+    model_id=MAYBE_TEXT,
+    error=MAYBE_TEXT,
+    seconds=SECONDS,
+)
 REPORTS = st.builds(
     ExportReport,
     ok=st.booleans(),
@@ -91,6 +136,11 @@ REPORTS = st.builds(
     opset=st.none() | st.integers(11, 25),
     attempts=tuples(ATTEMPTS),
     checks=tuples(CHECKS),
+    bytes=st.none() | st.integers(0, 10**12),
+    placements=tuples(PLACEMENTS),
+    latencies=tuples(LATENCIES),
+    metric_parity=st.none() | PARITY,
+    variants=tuples(VARIANTS),
     warnings=tuples(TEXT),
     seconds=st.dictionaries(TEXT, SECONDS, max_size=3),
     error=MAYBE_TEXT,
@@ -153,6 +203,18 @@ def test_the_largest_error_is_that_of_any_output_in_any_check() -> None:
     assert ExportReport(ok=True, checks=(check(0.1, 0.3), check(0.2))).max_abs_error == 0.3
     assert ExportReport(ok=False, checks=(check(0.1), check(math.inf))).max_abs_error == math.inf
     assert ExportReport(ok=False).max_abs_error is None
+
+
+def test_a_report_of_an_earlier_version_can_be_read() -> None:
+    data = json.loads(ExportReport(ok=True, checks=(check(0.5),)).to_json())
+    for name in ("bytes", "placements", "latencies", "metric_parity", "variants"):
+        del data[name]
+    assert ExportReport.from_json(json.dumps(data)) == ExportReport(ok=True, checks=(check(0.5),))
+
+
+def test_what_runs_elsewhere_is_counted_over_all_other_providers() -> None:
+    found = Placement(provider="A", nodes={"A": {"Add": 3}, "B": {"If": 1}, "C": {"If": 2}})
+    assert found.elsewhere == {"If": 3}
 
 
 def test_a_tracking_record_is_added_to_a_copy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path  # noqa: TC003 - typer reads annotations
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from onnxport.report import Latency
     from onnxport.signature import TensorSpec
-    from onnxport.validation.latency import Latency
 
 __all__ = ["bench"]
 
@@ -56,7 +57,7 @@ def bench(  # noqa: PLR0913 - options of a command
 
     found = or_exit(work, as_json=json)
     if json:
-        emit([each.to_dict() for each in found])
+        emit([asdict(each) for each in found])
         return
     typer.echo(f"{'provider':<26}{'batch':>7}{'p50 ms':>10}{'p95 ms':>10}{'rows/s':>12}{'runs':>7}")
     for each in found:

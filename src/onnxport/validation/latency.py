@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from onnxport.report import Latency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Latency", "latencies"]
+__all__ = ["latencies"]
 
 WARM_UP = 3
 """Runs that do not count: memory is allocated, kernels are chosen."""
 LEAST = 5
 """Runs that count at least, whatever they cost."""
 MOST = 1000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """How long one way of running a model takes at one batch size.
-
-    Args:
-        name: Of the way: an execution provider, ``"eager"`` or ``"compiled"``.
-        batch: Rows of a run.
-        runs: How many were measured.
-        p50: Median, in seconds.
-        p95: Of twenty runs, one takes longer; in seconds.
-        throughput: Rows per second, of the median.
-    """
-
-    name: str
-    batch: int
-    runs: int
-    p50: float
-    p95: float
-    throughput: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 def latencies(
