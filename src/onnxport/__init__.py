@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnxport.callbacks.lightning import OnnxExport
     from onnxport.callbacks.resume import resume
     from onnxport.callbacks.sync import sync
-    from onnxport.config import Background, Inputs, MLflow, Tolerance, Verify
+    from onnxport.config import Background, Inputs, Metrics, MLflow, Tolerance, Verify
     from onnxport.errors import (
         ConfigurationError,
         ExportError,
@@ -46,6 +46,7 @@ __all__ = [
     "InputInferenceError",
     "Inputs",
     "MLflow",
+    "Metrics",
     "MissingDependencyError",
     "OnnxExport",
     "OnnxportError",
@@ -73,7 +74,7 @@ _HOMES = {
     "onnxport.callbacks.lightning": ("OnnxExport",),
     "onnxport.callbacks.resume": ("resume",),
     "onnxport.callbacks.sync": ("sync",),
-    "onnxport.config": ("Background", "Inputs", "MLflow", "Tolerance", "Verify"),
+    "onnxport.config": ("Background", "Inputs", "MLflow", "Metrics", "Tolerance", "Verify"),
     "onnxport.errors": (
         "ConfigurationError",
         "ExportError",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxport.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 __all__ = [
     "Background",
@@ -17,6 +19,7 @@ __all__ = [
     "ExportOptions",
     "Inputs",
     "MLflow",
+    "Metrics",
     "Precision",
     "Tolerance",
     "Verify",
@@ -27,6 +30,9 @@ Precision = Literal["fp32", "fp16", "bf16", "fp64"]
 
 CORES: tuple[str, ...] = ("auto", "dynamo", "trace", "script", "torchscript")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp64")
+VARIANTS: dict[str, float] = {"fp16": 0.01, "int8": 0.15, "int8-static": 0.15}
+"""Kinds of variants, and how far their outputs may be from PyTorch's, as a part of the largest
+value of each output."""
 POLICIES: tuple[str, ...] = ("best", "all", "end")
 MIN_OPSET = 11
 MAX_NICENESS = 19
@@ -141,6 +147,71 @@ class Verify:
                 raise ConfigurationError(
                     f"Verify(sizes=) must hold batch sizes of at least 1, got {self.sizes!r}."
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """How the module's own validation is run with the ONNX model in the place of the module.
+
+    The batches of one validation run are kept, and both are run on them, on the CPU.
+
+    Args:
+        batches: How many of each loader; ``None``: all of them, as far as they take 1 GiB.
+        every_n_checkpoints: Validate the first model and then each n-th.
+        max_degradation: How much worse a metric may be, as a part of PyTorch's own value: 0.01 is
+            one percent. For the monitored metric worse is what its mode says; another one may not
+            differ by more in either direction. A mapping says so by name; what it does not name
+            may differ by anything.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+
+    Example:
+        >>> Metrics(batches=10, max_degradation={"val_acc": 0.005}).allowed("val_loss")
+        inf
+    """
+
+    batches: int | None = None
+    every_n_checkpoints: int = 1
+    max_degradation: float | Mapping[str, float] = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "every_n_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and (not _is_whole(value) or value < 1):
+                raise ConfigurationError(
+                    f"Metrics({name}=) must be a whole number of at least 1; got {value!r}."
+                )
+        limits = self.max_degradation
+        for limit in limits.values() if isinstance(limits, Mapping) else (limits,):
+            if not _is_number(limit) or not limit >= 0:
+                raise ConfigurationError(
+                    f"Metrics(max_degradation=) must be at least 0, or a mapping of names to such "
+                    f"numbers; got {limits!r}."
+                )
+
+    def allowed(self, name: str) -> float:
+        """Return how much worse a metric may be, as a part of its value."""
+        limits = self.max_degradation
+        return limits.get(name, math.inf) if isinstance(limits, Mapping) else limits
+
+    @classmethod
+    def of(cls, value: bool | int | Metrics) -> Metrics | None:
+        """Read the flat argument of a callback: whether, how many batches, or all of it.
+
+        Raises:
+            ConfigurationError: If it is none of these.
+        """
+        if isinstance(value, cls):
+            return value
+        if value is True or value is False:
+            return cls() if value else None
+        if isinstance(value, int):
+            return cls(batches=value)
+        raise ConfigurationError(
+            "validate_metrics must be True, False, a number of batches or Metrics(...); "
+            f"got {value!r}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,6 +336,8 @@ class ExportOptions:
         precision: Cast to this precision before exporting; default: the checkpoint's own, as far
             as ONNX Runtime can run it.
         verify: How to prove.
+        metrics: How to run the module's own validation with the model, or ``None``: not at all.
+        variants: Which smaller children to make, with the budget of each.
 
     Raises:
         ConfigurationError: If a choice is unknown or the opset is not one.
@@ -275,6 +348,8 @@ class ExportOptions:
     opset: int | None = None
     precision: Precision | None = None
     verify: Verify = field(default_factory=Verify)
+    metrics: Metrics | None = None
+    variants: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         require_choice("core", self.core, CORES)
@@ -294,6 +369,8 @@ class ExportOptions:
         opset: int | None,
         precision: Precision | None,
         verify: bool | Verify,
+        validate_metrics: bool | int | Metrics = False,
+        variants: Iterable[str] | Mapping[str, float] = (),
     ) -> ExportOptions:
         """Make options from the flat arguments of the public functions.
 
@@ -316,4 +393,30 @@ class ExportOptions:
             opset=opset,
             precision=precision,
             verify=verify if isinstance(verify, Verify) else Verify(),
+            metrics=Metrics.of(validate_metrics),
+            variants=_read_variants(variants),
         )
+
+
+def _read_variants(given: Iterable[str] | Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Return names and budgets.
+
+    Raises:
+        ConfigurationError: If a name is unknown, or a budget is no positive number.
+    """
+    if isinstance(given, str):
+        raise ConfigurationError(
+            f"variants must be a tuple of names, got {given!r}. Write ({given!r},)."
+        )
+    for name in given:
+        require_choice("variants", name, tuple(VARIANTS))
+    budgets = (
+        dict(given) if isinstance(given, Mapping) else {name: VARIANTS[name] for name in given}
+    )
+    for name, budget in budgets.items():
+        if not _is_number(budget) or not budget > 0:
+            raise ConfigurationError(
+                f"variants={{{name!r}: ...}} must be a number above 0: how far outputs may be from "
+                f"PyTorch's, as a part of their largest value; got {budget!r}."
+            )
+    return tuple(budgets.items())

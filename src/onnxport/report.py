@@ -258,6 +258,7 @@ class TrackingRecord:
         registered_name: Name in the registry, or ``None``.
         version: Version in the registry, or ``None``.
         alias: The alias that was moved to this version, or ``None``.
+        variants: The logged model of each variant, by name.
         missing: What could not be done, and why; ``""`` when nothing is missing.
     """
 
@@ -268,6 +269,7 @@ class TrackingRecord:
     registered_name: str | None = None
     version: int | None = None
     alias: str | None = None
+    variants: dict[str, str] = field(default_factory=dict)
     missing: str = ""
 
 
@@ -382,7 +384,10 @@ class ExportReport:
 
     def with_tracking(self, record: TrackingRecord) -> ExportReport:
         """Return the same report with what the tracking server holds."""
-        return replace(self, tracking=record)
+        variants = tuple(
+            replace(one, model_id=record.variants.get(one.name)) for one in self.variants
+        )
+        return replace(self, tracking=record, variants=variants)
 
     def to_json(self) -> str:
         """Return strict JSON; numbers that are not finite are written as strings."""

@@ -173,10 +173,14 @@ class WorkerRunner:
             template=job.template,
             then=None if job.then is None else dict(job.then),
             ticket=job.ticket,
+            validation=None
+            if job.validation is None
+            else (job.validation.run, job.validation.count),
         )
         origin = job.provenance  # not the job, which holds the weights
+        batches = None if job.validation is None else job.validation.batches
         self._worker.submit(
-            Order(sent, lambda result: self._answered(origin, result, finished), weights)
+            Order(sent, lambda result: self._answered(origin, result, finished), weights, batches)
         )
 
     def _note(self, job: ExportJob, live: LiveModule) -> None:

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from onnxport.config import ExportOptions
     from onnxport.errors import ExportError
     from onnxport.exporter.target import Target
-    from onnxport.pipeline import LiveReference
+    from onnxport.pipeline import LiveReference, Validation
     from onnxport.report import TrackingRecord
     from onnxport.tracking.outbox import Outbox
     from onnxport.tree import Example
@@ -98,6 +98,7 @@ class Saved:
         reference: What the module computed with them, where it cannot be asked any more.
         fingerprint: What of the module was no weight then.
         module: What stands for the module in training, where that is spread over processes.
+        validation: What the model is validated with, or ``None``.
     """
 
     state: Mapping[str, Any]
@@ -106,6 +107,7 @@ class Saved:
     reference: LiveReference | None = None
     fingerprint: Mapping[str, str] | None = None
     module: nn.Module | None = None
+    validation: Validation | None = None
     origin: Provenance = field(default_factory=Provenance)
 
 
@@ -600,6 +602,7 @@ class ExportSession:
             reference=reference if alive else saved.reference,
             fingerprint=fingerprint(module),
             then=saved.fingerprint,
+            validation=saved.validation,
         )
         return job, live
 

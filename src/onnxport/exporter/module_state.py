@@ -41,6 +41,7 @@ __all__ = [
     "evaluate",
     "load_weights",
     "run_borrowed",
+    "unsilence",
 ]
 
 
@@ -113,6 +114,14 @@ def _silence(module: nn.Module) -> None:
         for name in ("log", "log_dict"):
             if hasattr(type(module), name):
                 vars(module)[name] = _log_nothing
+
+
+def unsilence(module: nn.Module) -> None:
+    """Let a copy log again: another trainer is about to run it."""
+    for part in module.modules():
+        for name in ("log", "log_dict"):
+            if vars(part).get(name) is _log_nothing:
+                del vars(part)[name]
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

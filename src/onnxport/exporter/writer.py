@@ -17,10 +17,17 @@ import onnx_ir as ir
 from filelock import FileLock, Timeout
 
 from onnxport._files import sync as sync_file
+from onnxport.config import VARIANTS
 from onnxport.errors import PublishError
 from onnxport.exporter.flat import PREFIX
 from onnxport.exporter.model_file import write_all, write_external, write_inline
-from onnxport.exporter.ownership import METADATA_PREFIX, cannot_be_read, is_our_report, is_ours
+from onnxport.exporter.ownership import (
+    METADATA_PREFIX,
+    cannot_be_read,
+    is_our_report,
+    is_ours,
+    read_metadata,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +50,8 @@ __all__ = [
     "staging",
     "sweep",
     "sync_model",
+    "variant_files",
+    "variant_path",
     "withdraw_model",
     "withdraw_staged",
     "write_filled",
@@ -375,6 +384,27 @@ def model_files(path: Path) -> tuple[Path, ...]:
     return tuple(file for file in files if file.exists())
 
 
+def variant_path(path: Path, name: str) -> Path:
+    """Return where a variant of a model lies.
+
+    Example:
+        >>> variant_path(Path("epoch=1.onnx"), "fp16").name
+        'epoch=1.fp16.onnx'
+    """
+    return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
+def variant_files(path: Path) -> list[Path]:
+    """Return the files of a model's variants; a model of that name is another checkpoint's."""
+    places = {name: variant_path(path, name) for name in VARIANTS}
+    return [
+        file
+        for name, place in places.items()
+        if place.exists() and read_metadata(place).get("variant") == name
+        for file in model_files(place)
+    ]
+
+
 def report_path(path: Path) -> Path:
     """Return where the report of a model lies."""
     return path.with_name(path.name + REPORT_SUFFIX)
@@ -438,12 +468,13 @@ def withdraw_staged(path: Path) -> None:
 def _files_of_ours(path: Path, *, known: bool = False) -> list[Path]:
     """Return the files of a model that are ours; first the report, which says that there is one."""
     report = report_path(path)
+    variants = variant_files(path)
     if known:
-        return [report, *model_files(path)]
+        return [report, *variants, *model_files(path)]
     reported = is_our_report(report)
     # A disk may fail once: what says nothing of itself is asked again.
     ours = is_ours(path) or is_ours(path) or (reported and not path.exists())
-    return [*([report] if reported else []), *(model_files(path) if ours else ())]
+    return [*([report] if reported else []), *variants, *(model_files(path) if ours else ())]
 
 
 def _fresh_name(folder: Path) -> Path:

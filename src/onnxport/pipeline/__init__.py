@@ -12,6 +12,7 @@ from onnxport.pipeline.job import (
     ModuleMissingError,
     ModuleSource,
     SourceLostError,
+    Validation,
 )
 from onnxport.pipeline.run import Pipeline
 
@@ -24,4 +25,5 @@ __all__ = [
     "ModuleSource",
     "Pipeline",
     "SourceLostError",
+    "Validation",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxport.tree import Example
 
 __all__ = [
+    "VALIDATE",
     "CheckpointGoneError",
     "ExportJob",
     "GivenModule",
@@ -27,6 +28,7 @@ __all__ = [
     "ModuleMissingError",
     "ModuleSource",
     "SourceLostError",
+    "Validation",
 ]
 
 
@@ -103,6 +105,42 @@ class GivenModule:
         return self.given, self.warnings
 
 
+VALIDATE = "validate"
+"""A stage of a job, which is skipped once it has ended a process."""
+
+
+class HasDescriptor(Protocol):
+    """An open file."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The module's own validation, to be run on any copy of it.
+
+    Args:
+        run: Gets a module and a descriptor of the batches' file, and returns what was logged, by
+            name. It is found by its name in another process.
+        batches: The file.
+        count: How many there are in it.
+    """
+
+    run: Callable[[nn.Module, int], Mapping[str, float]]
+    batches: HasDescriptor
+    count: int
+
+    def __call__(self, module: nn.Module) -> Mapping[str, float]:
+        """Run it.
+
+        Raises:
+            Exception: Whatever the module's steps and hooks raise.
+        """
+        return self.run(module, self.batches.fileno())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportJob:
     """One set of weights to turn into one proven model.
@@ -124,6 +162,7 @@ class ExportJob:
         template: Where to keep what later models of the same module need besides their weights, or
             ``None``.
         ticket: Nobody wants the model any more once this is not valid; ``None``: it always is.
+        validation: What is run with the model before it gets its name, or ``None``.
     """
 
     source: ModuleSource
@@ -139,6 +178,7 @@ class ExportJob:
     publish: bool = True
     template: Path | None = None
     ticket: Ticket | None = None
+    validation: Validation | None = None
 
     @property
     def is_wanted(self) -> bool:

@@ -52,11 +52,13 @@ class Refreshed:
         checks: The proof.
         weights_sha256: Hash of the checkpoint's ``state_dict``.
         warnings: What the user should know besides what was known at the export.
+        cases: What PyTorch gave.
     """
 
     checks: tuple[Check, ...]
     weights_sha256: str
     warnings: tuple[str, ...] = ()
+    cases: tuple[Case, ...] = ()
 
 
 def refresh(
@@ -105,7 +107,7 @@ def refresh(
             del state  # mapped memory counts as long as it is mapped
         synced = pool.submit(sync_model, staged)  # the disk works while the model is proven
         with timed("prove"):
-            checks, warnings = _prove(blueprint, job, staged)
+            checks, warnings, cases = _prove(blueprint, job, staged)
             if changed:
                 text = (
                     f"{', '.join(sorted(changed))} changed since the graph was made, and is no "
@@ -115,7 +117,7 @@ def refresh(
                 warnings = (*warnings, text)
         with timed("sync"):
             synced.result()
-    return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings)
+    return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings, cases=cases)
 
 
 def _doubts(job: ExportJob) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def _doubts(job: ExportJob) -> tuple[str, ...]:
 
 def _prove(
     blueprint: Blueprint, job: ExportJob, staged: Path
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+) -> tuple[tuple[Check, ...], tuple[str, ...], tuple[Case, ...]]:
     """Compare with what the live module gave; if that says too little or no, with the module.
 
     Raises:
@@ -136,7 +138,7 @@ def _prove(
     live, wrong = tuple(_live_cases(blueprint, job)), ""
     if live:
         try:
-            return _judge(blueprint, job, staged, live), _doubts(job)
+            return _judge(blueprint, job, staged, live), _doubts(job), live
         except VerificationError as error:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
             wrong = str(error)
@@ -148,11 +150,13 @@ def _prove(
         raise
     if not live:
         try:
-            return _judge(blueprint, job, staged, (_own_case(blueprint, plan, job),)), (*warnings,)
+            own = (_own_case(blueprint, plan, job),)
+            return _judge(blueprint, job, staged, own), (*warnings,), own
         except VerificationError:
             logger.debug("The quick proof failed: more is tried.", exc_info=True)
     proof = Proof(plan, job.options.verify)
-    return _judge(blueprint, job, staged, proof.cases), (*warnings, *proof.warnings)
+    checks = _judge(blueprint, job, staged, proof.cases)
+    return checks, (*warnings, *proof.warnings), proof.cases
 
 
 def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str]) -> None:

@@ -33,12 +33,14 @@ from onnxport.inputs.resize import current_sizes
 from onnxport.pipeline.blueprint_file import save_blueprint
 from onnxport.pipeline.candidate import Candidate, origin_of
 from onnxport.pipeline.changes import require_as_then
-from onnxport.pipeline.job import GivenModule, SourceLostError
+from onnxport.pipeline.job import VALIDATE, GivenModule, SourceLostError
+from onnxport.pipeline.metrics import MetricRun
 from onnxport.pipeline.plan import Plan, make_plan, one_row
 from onnxport.pipeline.proof import REAL, Proof
 from onnxport.pipeline.refresh import refresh
 from onnxport.pipeline.report_files import discard_stale, save_report, write_report
 from onnxport.pipeline.stopwatch import Stopwatch
+from onnxport.pipeline.variants import Variants
 from onnxport.report import Attempt, ExportReport
 from onnxport.validation.session import PrepSessions
 
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from onnxport.exporter.ladder import Rung
     from onnxport.pipeline.blueprint import Blueprint
     from onnxport.pipeline.job import ExportJob
+    from onnxport.pipeline.proof import Case
+    from onnxport.report import Latency, MetricParity, Variant
 
 __all__ = ["Pipeline"]
 
@@ -82,6 +86,7 @@ class Pipeline:
         self._prep = PrepSessions()
         self.blueprint: Blueprint | None = None
         self.row: dict[str, np.ndarray[Any, Any]] | None = None
+        self._speeds: dict[str, tuple[Latency, ...]] = {}
         self.tell: Callable[[str, str | None], None] = lambda _, __: None
 
     def run(self, job: ExportJob) -> ExportReport:
@@ -149,28 +154,28 @@ class Pipeline:
                     known.fingerprint is not before or not job.template.exists()
                 ):
                     save_blueprint(known, job.template)
-                _publish(job, staged, watch)
+                report = replace(
+                    draft,
+                    ok=True,
+                    how="refresh",
+                    path=str(job.path),
+                    core=core,
+                    opset=known.report.opset,
+                    inputs=known.report.inputs,
+                    outputs=known.report.outputs,
+                    evidence=known.report.evidence,
+                    weights_sha256=made.weights_sha256,
+                    checks=made.checks,
+                    warnings=tuple(dict.fromkeys((*known.report.warnings, *made.warnings))),
+                )
+                report = self._finish(job, staged, known.plan, made.cases, report, watch)
         except (StaleTemplateError, VerificationError) as error:
             self.blueprint = None
             reason = f"The graph of an earlier checkpoint is not right for this one: {error}"
             took = time.perf_counter() - start
             return None, (replace(attempt, ok=False, reason=reason, seconds=took),)
-        report = replace(
-            draft,
-            ok=True,
-            how="refresh",
-            path=str(job.path),
-            core=core,
-            opset=known.report.opset,
-            inputs=known.report.inputs,
-            outputs=known.report.outputs,
-            evidence=known.report.evidence,
-            weights_sha256=made.weights_sha256,
-            checks=made.checks,
-            warnings=tuple(dict.fromkeys((*known.report.warnings, *made.warnings))),
-            attempts=(replace(attempt, seconds=time.perf_counter() - start),),
-        )
-        return report, ()
+        attempt = replace(attempt, seconds=time.perf_counter() - start)
+        return replace(report, attempts=(attempt,)), ()
 
     # --- export -----------------------------------------------------------------------------
 
@@ -232,11 +237,46 @@ class Pipeline:
                         save_blueprint(self.blueprint, job.template)
                 self.row = one_row(plan)
                 candidate.wait_for_disk()
-                _publish(job, staged, watch)
+                self._speeds = {}
+                draft = self._finish(job, staged, plan, proof.cases, draft, watch)
             warnings = (*draft.warnings, reason) if reason else draft.warnings
             return replace(draft, ok=True, path=str(job.path), warnings=warnings)
         error = ExportError(_no_core(draft) + self._reproduce(job, plan, failures))
         return _failed(draft, error, job)
+
+    def _finish(
+        self,
+        job: ExportJob,
+        staged: Path,
+        plan: Plan,
+        cases: Sequence[Case],
+        report: ExportReport,
+        watch: Stopwatch,
+    ) -> ExportReport:
+        """Do with a proven model what else is asked for, and publish it with its children."""
+        if not job.publish:
+            return report
+        metrics, parity = MetricRun(job), None
+        made: tuple[Variant, ...] = ()
+        children = Variants(job, staged, plan, metrics)
+        if job.validation is not None:
+            with watch.stage(VALIDATE):
+                self.tell(VALIDATE, VALIDATE)  # if it ends this process, it is left out next time
+                parity = metrics.of(staged, plan.signature, plan.flat.spec)
+        if job.options.variants:
+            with watch.stage("variants"):
+                made = children.made(cases, self._speeds)
+        with watch.stage("publish"):
+            publish(staged, job.path)
+            shutil.rmtree(reproduction_path(job.path), ignore_errors=True)
+            made = children.publish(made)
+        doubts = (*_doubt(parity), *(_failed_child(each) for each in made if not each.ok))
+        return replace(
+            report,
+            metric_parity=parity,
+            variants=made,
+            warnings=tuple(dict.fromkeys((*report.warnings, *doubts))),
+        )
 
     def _reproduce(self, job: ExportJob, plan: Plan, failures: Sequence[FailedAttempt]) -> str:
         """Write what repeats the failure, once per run: it holds the module's weights."""
@@ -271,6 +311,16 @@ class Pipeline:
             self._winners[key] = climbed.winner
             self._memory.remember(key, core, climbed.winner)
         return climbed
+
+
+def _doubt(parity: MetricParity | None) -> tuple[str, ...]:
+    if parity is None or parity.ok:
+        return ()
+    return (f"The module's own validation does not speak for the model: {parity.reason}",)
+
+
+def _failed_child(variant: Variant) -> str:
+    return f"There is no {variant.name} variant: {variant.error}"
 
 
 def _plans(job: ExportJob, attempts: Sequence[Attempt], watch: Stopwatch) -> Iterator[Plan]:
@@ -392,10 +442,3 @@ def _keep(note: Path) -> None:
     with suppress(OSError):  # withdrawn a moment ago; or the model says that the disk fails
         sync(note)
         sync(note.parent)
-
-
-def _publish(job: ExportJob, staged: Path, watch: Stopwatch) -> None:
-    if job.publish:
-        with watch.stage("publish"):
-            publish(staged, job.path)
-            shutil.rmtree(reproduction_path(job.path), ignore_errors=True)

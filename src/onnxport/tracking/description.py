@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from onnxport.tracking.children import VARIANT
 from onnxport.tracking.package import DATA_SUFFIX
 from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
 
@@ -62,7 +63,7 @@ def tags_of(model: Model) -> dict[str, str]:
         "max_abs_error": report.max_abs_error,
     }
     tags = {f"{TAG_PREFIX}{key}": str(value) for key, value in known.items() if value is not None}
-    return tags | score_tags(score_of(model.origin))
+    return tags | score_tags(score_of(model.origin, report.metric_parity))
 
 
 def size_of(path: Path) -> int:
@@ -89,14 +90,18 @@ def log_metrics(client: Any, model: Model, logged: Any, run: Run) -> None:
     (run_id, _), report = run.open(client), model.report
     latest = {metric.key: metric for metric in client.get_run(run_id).data.to_proto().metrics}
     step = max((report.global_step or 0) - 1, 0)  # where Lightning logs for this checkpoint
+    ours = f"onnx/{logged.tags[VARIANT]}/" if VARIANT in logged.tags else "onnx/"
     points = {
-        "onnx/max_abs_err": report.max_abs_error or 0.0,
-        "onnx/latency_ms_p50": _latency_ms(report),
-        "onnx/size_mb": size_of(model.path) / 2**20,
-        "onnx/export_s": sum(
+        f"{ours}max_abs_err": report.max_abs_error or 0.0,
+        f"{ours}latency_ms_p50": _latency_ms(report),
+        f"{ours}size_mb": size_of(model.path) / 2**20,
+        f"{ours}export_s": sum(
             s for stage, s in report.seconds.items() if stage not in {"total", "stall"}
         ),
     }
+    if report.metric_parity is not None:
+        for pair in report.metric_parity.metrics:
+            points[_metric_key(f"{ours}{run.metric_prefix}{pair.name}")] = pair.onnx
     linked: list[Metric] = []
     tags: dict[str, str] = {}
     for name, value in report.metrics.items():

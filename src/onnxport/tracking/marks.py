@@ -23,7 +23,7 @@ def mark(client: Any, logged: Any, run_id: str, model: Model) -> None:
         run_id: The run.
         model: What it was made of.
     """
-    score, step = score_of(model.origin), model.report.global_step or 0
+    score, step = score_of(model.origin, model.report.metric_parity), model.report.global_step or 0
     # One tag for both: one search.
     found = client.search_logged_models(
         [logged.experiment_id],

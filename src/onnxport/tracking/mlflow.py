@@ -13,7 +13,7 @@ import random
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,13 @@ from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
+from onnxport.tracking.children import (
+    PARENT,
+    VARIANT,
+    VARIANTS,
+    children_of,
+    places_of_children,
+)
 from onnxport.tracking.description import (
     key_of,
     log_metrics,
@@ -40,7 +47,7 @@ from onnxport.tracking.run import Run
 from onnxport.tracking.versions import already_there_is_fine, has_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from onnxport.tracking.base import Model, RunAddress
 
@@ -123,6 +130,8 @@ class MlflowTracker:
                 experiment_id=experiment_id,
                 model_id=logged.model_id,
             )
+            children = self._children(client, model, logged)
+            record = replace(record, variants=children)
             tags = tags_of(model) | {KEY: key_of(model, run_id)}
             with ThreadPoolExecutor(1) as beside:
                 marked = beside.submit(mark, client, logged, run_id, model)
@@ -145,7 +154,7 @@ class MlflowTracker:
             if self._run.find(client) is None:
                 return  # nothing was ever told
             for logged in self._at(client, place):
-                self._delete(client, logged)
+                self._delete(client, logged, place)
 
     def close(self, status: str) -> None:
         """End the run if it is ours; the run of a logger is never touched.
@@ -180,7 +189,32 @@ class MlflowTracker:
             key=lambda each: (each.status != LoggedModelStatus.READY, each.creation_timestamp),
         )
 
-    def _logged_model(self, client: Any, model: Model) -> Any:
+    def _children(self, client: Any, model: Model, parent: Any) -> dict[str, str]:
+        """Bring the variants of a model; return the logged model of each.
+
+        A parent with a version keeps its children, as it stays itself.
+        """
+        children = dict(children_of(model))
+        names = ",".join(children)
+        if names != parent.tags.get(VARIANTS, ""):  # first: whoever removes the parent must know
+            client.set_logged_model_tags(parent.model_id, {VARIANTS: names})
+        return {
+            name: self._logged_model(
+                client, child, {VARIANT: name, PARENT: parent.model_id}
+            ).model_id
+            for name, child in children.items()
+        }
+
+    def _logged_model(
+        self, client: Any, model: Model, more: Mapping[str, str] | None = None
+    ) -> Any:
+        """Return a READY logged model; what is missing is made.
+
+        Args:
+            client: MLflow's client.
+            model: The model.
+            more: Further tags.
+        """
         from mlflow.entities import LoggedModelStatus
 
         run_id, experiment_id = self._run.open(client)
@@ -196,14 +230,16 @@ class MlflowTracker:
                 source_run_id=run_id,
                 model_type="onnx",
                 params=params_of(model.report),
-                tags=tags_of(model) | {KEY: key, f"{TAG_PREFIX}place": model.place},
+                tags=tags_of(model)
+                | {KEY: key, f"{TAG_PREFIX}place": model.place}
+                | dict(more or {}),
             )
         )
         if logged.status != LoggedModelStatus.READY:
             logged = self._fill(client, model, logged)
         for other in found:  # of an older file under this name, or twins of a lost answer
             if other.model_id != logged.model_id:
-                self._delete(client, other)
+                self._delete(client, other, model.place)
         return logged
 
     def _fill(self, client: Any, model: Model, logged: Any) -> Any:
@@ -241,9 +277,14 @@ class MlflowTracker:
         log_metrics(client, model, logged, self._run)
         return marker
 
-    def _delete(self, client: Any, logged: Any) -> None:
-        if not has_version(client, logged):
-            client.delete_logged_model(logged.model_id)
+    def _delete(self, client: Any, logged: Any, place: str) -> None:
+        if has_version(client, logged):
+            return
+        for child_place in places_of_children(place, logged.tags):
+            for child in self._at(client, child_place):
+                if child.tags.get(PARENT) == logged.model_id:
+                    client.delete_logged_model(child.model_id)
+        client.delete_logged_model(logged.model_id)
 
 
 def _client(uri: str) -> Any:

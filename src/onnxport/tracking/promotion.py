@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from onnxport.report import Provenance
+    from onnxport.report import MetricParity, Provenance
 
 __all__ = [
     "TAG_PREFIX",
@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 TAG_PREFIX = "onnxport."
+_BARRED = f"{TAG_PREFIX}metric.barred"
+_LONGEST_VALUE = 5000
+"""Characters of a tag: MLflow takes 8,000. Source: ``mlflow.utils.validation``, 3.17."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,24 +39,34 @@ class Score:
         metric: Name of the monitored metric; ``""``: none, the newest model is the best.
         mode: ``"min"`` or ``"max"``.
         value: The metric's value; not finite when it is unknown.
+        barred: Why it deserves no alias, whatever its metric: the module's own validation does not
+            speak for the model. ``""``: nothing is known against it.
     """
 
     metric: str = ""
     mode: str = "min"
     value: float = math.nan
+    barred: str = ""
 
 
-def score_of(origin: Provenance) -> Score:
-    """Return the score of a checkpoint."""
+def score_of(origin: Provenance, parity: MetricParity | None = None) -> Score:
+    """Return the score of a model.
+
+    Args:
+        origin: Of its checkpoint.
+        parity: The module's own validation with it, if that was run.
+    """
+    barred = "" if parity is None or parity.ok else parity.reason
     if origin.monitor is None:
-        return Score()
+        return Score(barred=barred)
     value = origin.metrics.get(origin.monitor, math.nan)
-    return Score(metric=origin.monitor, mode=origin.mode, value=value)
+    return Score(metric=origin.monitor, mode=origin.mode, value=value, barred=barred)
 
 
 def score_tags(score: Score) -> dict[str, str]:
     """Write a score as tags."""
-    return {
+    barred = {_BARRED: score.barred[:_LONGEST_VALUE]} if score.barred else {}
+    return barred | {
         f"{TAG_PREFIX}metric.name": score.metric,
         f"{TAG_PREFIX}metric.mode": score.mode,
         f"{TAG_PREFIX}metric.value": repr(score.value),
@@ -70,6 +83,7 @@ def read_score(tags: Mapping[str, str]) -> Score:
         metric=tags.get(f"{TAG_PREFIX}metric.name", ""),
         mode=tags.get(f"{TAG_PREFIX}metric.mode", "min"),
         value=value,
+        barred=tags.get(_BARRED, ""),
     )
 
 
@@ -82,8 +96,8 @@ def is_better(candidate: Score, champion: Score | None, min_delta: float = 0.0) 
         min_delta: By how much it must be better, in units of the metric.
 
     Returns:
-        With a metric: its value is finite and better than the champion's in the same metric and
-        mode. Without: the champion has no metric either, so the newer one wins.
+        Never if it is barred. With a metric: its value is finite and better than the champion's in
+        the same metric and mode. Without: the champion has no metric either, so the newer one wins.
 
     Example:
         >>> better = Score(metric="acc", mode="max", value=0.9)
@@ -91,9 +105,9 @@ def is_better(candidate: Score, champion: Score | None, min_delta: float = 0.0) 
         >>> is_better(better, worse), is_better(worse, better)
         (True, False)
     """
-    if not candidate.metric:
+    if not candidate.metric and not candidate.barred:
         return champion is None or not champion.metric
-    if not math.isfinite(candidate.value):
+    if candidate.barred or not math.isfinite(candidate.value):
         return False
     if champion is None:
         return True
@@ -132,6 +146,8 @@ def outranks(one: Standing, other: Standing, min_delta: float = 0.0) -> bool:
         other: Another one.
         min_delta: By how much it must be better, in units of the metric.
     """
+    if one.score.barred:
+        return False
     if one.score.metric or other.score.metric:
         return is_better(one.score, other.score, min_delta)
     return one.version > other.version
@@ -146,7 +162,11 @@ def best_of(standings: Iterable[Standing], min_delta: float = 0.0) -> Standing |
     """
     best: Standing | None = None
     for each in sorted(standings, key=lambda one: one.version):
-        if not each.rejected and (best is None or outranks(each, best, min_delta)):
+        if (
+            not each.rejected
+            and not each.score.barred
+            and (best is None or outranks(each, best, min_delta))
+        ):
             best = each
     return best
 

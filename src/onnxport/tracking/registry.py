@@ -163,8 +163,9 @@ class Registry:
         versions = [each for each in view.versions if each.run_id == run_id]
         if not view.whole:
             versions = list(self._versions(f" and run_id = '{run_id}'"))
+        others = [read_score(version.tags) for version in versions]
         return is_better(score, None) and all(
-            is_better(score, read_score(version.tags)) for version in versions
+            is_better(score, other) for other in others if not other.barred
         )
 
     def add(

@@ -14,13 +14,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxport._events import NOT_WANTED, event
 from onnxport.errors import WorkerError
 from onnxport.exporter.checkpoint_file import is_readable
 from onnxport.exporter.skeleton import pickle_by_value
 from onnxport.exporter.writer import remove_model
+from onnxport.pipeline.job import VALIDATE
 from onnxport.worker.aside import put_aside
 from onnxport.worker.process import WorkerProcess
 from onnxport.worker.protocol import Done, SentJob, StageBegun, WeightsFile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from onnxport.config import Background
+    from onnxport.pipeline.job import HasDescriptor
 
 __all__ = ["Order", "Worker", "worker_for"]
 
@@ -70,6 +72,7 @@ class Order:
         done: Called in the worker's thread with what came of it; must not raise.
         weights: A descriptor of the weights, which belongs to the order; ``None``: they lie in the
             checkpoint's file.
+        batches: The file of batches that the job is validated with, or ``None``.
         stage: What is being done, in words.
         dropped: Nobody waits for the result.
         forgotten: The checkpoint is gone, and so must be the model.
@@ -80,6 +83,7 @@ class Order:
     job: SentJob
     done: Callable[[Done | WorkerError], None]
     weights: int | None = None
+    batches: HasDescriptor | None = None
     stage: str = "waiting"
     dropped: bool = False
     forgotten: bool = False
@@ -386,19 +390,27 @@ class Worker:
         )
         job = order.job
         known = process.known.get(job.session, {})
-        parts = {"skeleton": job.skeleton, "calls": job.calls, "blueprint": job.blueprint}
-        new = {name: None if known.get(name) is part else part for name, part in parts.items()}
+        parts: dict[str, Any] = {
+            "skeleton": job.skeleton,
+            "calls": job.calls,
+            "blueprint": job.blueprint,
+            "batches": order.batches or known.get("batches"),
+        }
+        new: dict[str, Any] = {
+            name: None if known.get(name) is part else part for name, part in parts.items()
+        }
         deadly = {
             rung
             for (session, rung), count in self._deadly.items()
             if session == job.session and count >= DEADLY
         }
         skip = job.skip | deadly
-        sent = replace(
-            job, skip=skip, skeleton=new["skeleton"], calls=new["calls"], blueprint=new["blueprint"]
-        )
-        weights = () if order.weights is None else (order.weights,)
-        process.send(pickle_by_value(sent), weights)
+        batches = new.pop("batches")
+        sent = replace(job, skip=skip, brings_batches=batches is not None, **new)
+        descriptors = () if order.weights is None else (order.weights,)
+        if batches is not None:
+            descriptors = (*descriptors, batches.fileno())
+        process.send(pickle_by_value(sent), descriptors)
         process.known[job.session] = parts
         rung: str | None = None
         try:
@@ -411,7 +423,7 @@ class Worker:
                     return _without_some(message, skip)
                 if isinstance(message, StageBegun):
                     order.stage = message.stage
-                    rung = message.rung if message.stage == "export" else rung
+                    rung = message.rung if message.stage in {"export", VALIDATE} else rung
         except WorkerError:
             # A rung that has made a model is not what ends the worker: somebody else does.
             innocent = (job.session, rung) in self._proven

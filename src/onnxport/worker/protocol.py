@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from onnxport._files import identity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
+    from torch import nn
 
     from onnxport._files import Ticket
     from onnxport.config import ExportOptions
@@ -101,6 +102,9 @@ class SentJob:
         template: Where to keep what later models need besides their weights.
         then: See :class:`~onnxport.pipeline.job.ExportJob`.
         ticket: See :class:`~onnxport.pipeline.job.ExportJob`.
+        validation: Runs the module's own validation, and how many batches it has, or ``None``.
+        brings_batches: The last descriptor of the frame is of the file of these batches; if not,
+            it is known.
     """
 
     number: int
@@ -119,6 +123,8 @@ class SentJob:
     template: Path | None = None
     then: dict[str, str] | None = None
     ticket: Ticket | None = None
+    validation: tuple[Callable[[nn.Module, int], Mapping[str, float]], int] | None = None
+    brings_batches: bool = False
 
 
 @dataclass(frozen=True, slots=True)

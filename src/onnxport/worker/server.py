@@ -99,6 +99,24 @@ class _Session:
     skeleton: bytes | None = None
     examples: tuple[Example, ...] = ()
     target: Target = ""
+    batches: _Descriptor | None = None
+
+    def forget_batches(self) -> None:
+        """Let go of the file of batches."""
+        if self.batches is not None:
+            os.close(self.batches.number)
+            self.batches = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor:
+    """A file that was sent."""
+
+    number: int
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self.number
 
 
 @dataclass(slots=True)
@@ -146,13 +164,14 @@ class _Server:
     def _run(
         self, job: SentJob, descriptors: tuple[int, ...]
     ) -> tuple[ExportReport | None, _Session]:
-        from onnxport.pipeline import ExportJob, Pipeline
+        from onnxport.pipeline import ExportJob, Pipeline, Validation
 
         session = self.sessions.get(job.session)
         if session is None:
             for other in self.sessions.values():  # of earlier fits, as far as anybody knows
                 if other.pipeline.blueprint is not None:
                     other.pipeline.blueprint.opened.close()
+                other.forget_batches()
             session = self.sessions[job.session] = _Session(Pipeline())
         session.pipeline.tell = lambda stage, rung: send(
             self.channel, StageBegun(job.number, stage, rung)
@@ -163,6 +182,13 @@ class _Server:
             session.target, session.examples = pickle.loads(job.calls)  # nosec # noqa: S301 - see above
         if job.blueprint is not None:
             session.pipeline.blueprint = pickle.loads(job.blueprint)  # nosec # noqa: S301 - see above
+        if job.brings_batches:
+            session.forget_batches()
+            session.batches = _Descriptor(os.dup(descriptors[-1]))
+        validation = None
+        if job.validation is not None and session.batches is not None:
+            run, count = job.validation
+            validation = Validation(run, session.batches, count)
         source = job.weights.path or Path(f"/dev/fd/{descriptors[0]}")
         report = session.pipeline.run(
             ExportJob(
@@ -179,6 +205,7 @@ class _Server:
                 template=job.template,
                 then=job.then,
                 ticket=job.ticket,
+                validation=validation,
             )
         )
         gone = job.weights.path is not None and not job.weights.path.exists()

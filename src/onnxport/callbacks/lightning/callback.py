@@ -31,7 +31,13 @@ from onnxport.callbacks.lightning.facts import (
 )
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
 from onnxport.callbacks.lightning.measured import Measured
-from onnxport.callbacks.lightning.names import FrameworkAware, teller, unbound, unpickled
+from onnxport.callbacks.lightning.names import (
+    FrameworkAware,
+    framework_of,
+    teller,
+    unbound,
+    unpickled,
+)
 from onnxport.callbacks.lightning.place import has_the_place, is_sharded, place_among
 from onnxport.callbacks.lightning.progress import add_status, remove_status
 from onnxport.callbacks.lightning.rehearsal import rehearsal
@@ -41,6 +47,7 @@ from onnxport.callbacks.lightning.sharded import (
     load_checkpoint,
     stand_in,
 )
+from onnxport.callbacks.lightning.validation import ValidationWatch
 from onnxport.callbacks.options import (
     DRAIN_AFTER_ERROR_S,
     AnyTarget,
@@ -56,7 +63,15 @@ from onnxport.callbacks.session import ExportSession, Saved
 from onnxport.callbacks.summary import show, status_of
 from onnxport.callbacks.sync import keep_record
 from onnxport.callbacks.turns import Turns
-from onnxport.config import Background, ExportOptions, Inputs, MLflow, Verify, require_choice
+from onnxport.config import (
+    Background,
+    ExportOptions,
+    Inputs,
+    Metrics,
+    MLflow,
+    Verify,
+    require_choice,
+)
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered
@@ -126,6 +141,15 @@ class OnnxExport(metaclass=FrameworkAware):
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the checkpoint's own,
             as far as ONNX Runtime can run it.
         verify: ``True``, or :class:`~onnxport.Verify` with tolerance, providers and sizes.
+        validate_metrics: Run the module's own ``validation_step`` with each model in the place of
+            the module, on the batches of the first validation run, and compare what it logs. A
+            model whose metrics are worse than :class:`~onnxport.Metrics` allows never gets the
+            alias. ``True``: on all batches; a number: on so many of each loader.
+        variants: Smaller children of each model, ``<stem>.<name>.onnx``: ``"fp16"``, ``"int8"``
+            (weights as whole numbers, activations as they come), ``"int8-static"`` (both, after
+            calls that were seen). Each is proven, with a wider budget: a part of the largest value
+            of each output, 0.01 for ``"fp16"`` and 0.15 for the others; a mapping of names to
+            numbers says another. What fails is not there, and the report says why.
         mlflow: ``"auto"``: the run of the trainer's ``MLFlowLogger``, if there is one; ``True``: as
             ``"auto"``, but with a run of our own when there is none, at ``MLFLOW_TRACKING_URI`` or
             on sqlite under the trainer's root; ``False``; or :class:`~onnxport.MLflow`.
@@ -169,6 +193,8 @@ class OnnxExport(metaclass=FrameworkAware):
         opset: int | None = None,
         precision: Precision | None = None,
         verify: bool | Verify = True,
+        validate_metrics: bool | int | Metrics = False,
+        variants: Iterable[str] | Mapping[str, float] = (),
         mlflow: Literal["auto"] | bool | MLflow = "auto",
         register: str | None = None,
         background: bool | Background = True,
@@ -193,7 +219,13 @@ class OnnxExport(metaclass=FrameworkAware):
         self.on_error = on_error
         self.console = console
         self.options = ExportOptions.of(
-            core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+            core=core,
+            inputs=inputs,
+            opset=opset,
+            precision=precision,
+            verify=verify,
+            validate_metrics=validate_metrics,
+            variants=variants,
         )
         self._mlflow = read_mlflow(mlflow, register)
         self._sessions: dict[str, ExportSession] = {}
@@ -211,6 +243,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self._early_failure: ExportError | None = None
         self._outbox: Outbox | None = None
         self._measured = Measured()
+        self._watch: ValidationWatch | None = None
         self._roots: list[str] = []
 
     @property
@@ -238,7 +271,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        state = vars(self) | {"_sessions": {}, "_earlier": self.reports}
+        state = vars(self) | {"_sessions": {}, "_earlier": self.reports, "_watch": None}
         return unpickled, (unbound(type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
@@ -311,6 +344,9 @@ class OnnxExport(metaclass=FrameworkAware):
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
+        if self.options.metrics is not None:
+            framework = framework_of(type(self)) or ""
+            self._watch = ValidationWatch(self.options.metrics, framework)
         if self.console:
             with _never_raises("showing the last model"):
                 add_status(trainer, self._status)
@@ -336,15 +372,23 @@ class OnnxExport(metaclass=FrameworkAware):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self._measured.begin(trainer.callback_metrics)
+            if self._watch is not None:
+                with _never_raises("keeping batches of the validation"):
+                    self._watch.begin(len(trainer.num_val_batches))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self._measured.end(trainer.callback_metrics, trainer.global_step)
+            if self._watch is not None:
+                self._watch.end()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._begin_batch(trainer, "validation_step", batch, batch_idx, dataloader_idx)
+        if self._watch is not None and not trainer.sanity_checking:
+            with _never_raises("keeping a batch of the validation"):
+                self._watch.batch(batch, dataloader_idx)
 
     def _begin_batch(self, trainer: Any, step: str, batch: Any, *indices: int) -> None:
         alone = not is_sharded(trainer.strategy)  # a copy of a part cannot run a step
@@ -373,9 +417,7 @@ class OnnxExport(metaclass=FrameworkAware):
         for name, session in self._sessions.items():
             with _never_raises("the end of training"):
                 session.finish(None if best is None else self._model_path(best, name))
-        self._finish_tracking(end - time.monotonic())
-        with _never_raises("showing what was made"):
-            self._show(trainer)
+        self._finish(trainer, end - time.monotonic())
         self._raise_failure(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -395,7 +437,11 @@ class OnnxExport(metaclass=FrameworkAware):
         for session in self._sessions.values():
             with _never_raises("the end of training by an error"):
                 session.finish()
-        self._finish_tracking(end - time.monotonic())
+        self._finish(trainer, end - time.monotonic())
+
+    def _finish(self, trainer: Any, limit_s: float) -> None:
+        """All models are there that will be."""
+        self._finish_tracking(limit_s)
         with _never_raises("showing what was made"):
             self._show(trainer)
 
@@ -595,10 +641,18 @@ class OnnxExport(metaclass=FrameworkAware):
             logger.debug("What is spread over processes could not be copied", exc_info=True)
             self._refuse(str(error), origin, names)
             return
+        validation = None if self._watch is None else self._watch.next()
         for name in names:
             path = self._model_path(checkpoint, name)
             self._sessions[name].saved(
-                Saved(state=state, path=path, origin=origin, file=file, module=whole)
+                Saved(
+                    state=state,
+                    path=path,
+                    origin=origin,
+                    file=file,
+                    module=whole,
+                    validation=validation,
+                )
             )
 
     def _model_path(self, checkpoint: str, name: str) -> Path:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from onnxport.tree import Example
 
-__all__ = ["observed_calls"]
+__all__ = ["is_own", "observed_calls", "silent"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ def observed_calls(module: nn.Module, datamodule: Any) -> tuple[str, list[Exampl
     observer = Observer(copy, is_redirected=is_redirected)
     tried = []
     for verb, step in _STEPS:
-        if not _is_own(module, step):
+        if not is_own(module, step):
             continue
-        with _silent(framework):
+        with silent(framework):
             trainer = _trainer(lightning, observer)
         observer.start()
         try:
-            with _silent(framework):
+            with silent(framework):
                 getattr(trainer, verb)(copy, datamodule=datamodule, **_options(verb))
         except Exception as error:  # the user's steps and data
             logger.debug("%s could not be run.", step, exc_info=True)
@@ -100,7 +100,7 @@ def _trainer(lightning: Any, observer: Observer) -> Any:
 
 
 @contextmanager
-def _silent(framework: str) -> Iterator[None]:
+def silent(framework: str) -> Iterator[None]:
     """Nobody trains here: what a trainer says of the machine and the loaders is of no interest."""
     said = logging.getLogger(f"{framework}.utilities.rank_zero")
     level = said.level
@@ -117,7 +117,7 @@ def _options(verb: str) -> dict[str, Any]:
     return {"return_predictions": False} if verb == "predict" else {"verbose": False}
 
 
-def _is_own(module: nn.Module, step: str) -> bool:
+def is_own(module: nn.Module, step: str) -> bool:
     """Tell whether a step does something; ``predict_step`` calls ``forward`` by default."""
     found = getattr(type(module), step, None)
     home = getattr(found, "__module__", "")
