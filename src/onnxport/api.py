@@ -18,6 +18,7 @@ from onnxport.validation.session import require_runtime
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -39,6 +40,7 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     opset: int | None = None,
     precision: Precision | None = None,
     verify: bool | Verify = True,
+    variants: Iterable[str] | Mapping[str, float] = (),
 ) -> ExportReport:
     """Export a module to a proven ONNX model.
 
@@ -59,6 +61,8 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
         opset: ONNX opset version; default: torch's own.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the module's own.
         verify: ``True`` or :class:`~onnxport.Verify`.
+        variants: Smaller children to make of it: ``"fp16"``, ``"int8"``, ``"int8-static"``; see
+            :class:`~onnxport.OnnxExport`. What comes of each is in ``report.variants``.
 
     Returns:
         The report of the published model.
@@ -79,7 +83,12 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     """
     require_runtime()
     options = ExportOptions.of(
-        core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+        core=core,
+        inputs=inputs,
+        opset=opset,
+        precision=precision,
+        verify=verify,
+        variants=variants,
     )
     job = _job(module, example, Path(path), options, target)
     report = Pipeline().run(job)

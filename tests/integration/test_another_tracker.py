@@ -39,6 +39,9 @@ class FolderTracker:
     def remove(self, place: str) -> None:
         (self._folder / f"{place}.onnx").unlink(missing_ok=True)
 
+    def attach(self, file: Path) -> None:
+        shutil.copyfile(file, self._folder / file.name)
+
     def close(self, status: str) -> None:
         (self._folder / "ended").write_text(status)
 
@@ -64,6 +67,11 @@ def test_jobs_are_carried_out_by_any_tracker(tmp_path: Path) -> None:
     assert not note.exists()
     kept = {file.name for file in (tmp_path / "kept").iterdir()}
     assert kept == {f"{model.place}.onnx", "best", "ended"}
+    page = tmp_path / "page.html"
+    page.write_text("what became of it")
+    attached = Job(model=page, place=model.place, address=address, attached=True)
+    assert not courier.carry_out(save_job(attached)).left
+    assert (tmp_path / "kept" / "page.html").read_text() == "what became of it"
     save_job(job(None))
     assert courier.carry_out(job_path(path)).record is None
     assert not (tmp_path / "kept" / f"{model.place}.onnx").exists()

@@ -65,6 +65,7 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     opset: int | None = None,
     precision: Precision | None = None,
     verify: bool | Verify = True,
+    variants: Iterable[str] | Mapping[str, float] = (),
     mlflow: bool | MLflow = False,
     register: str | None = None,
     workers: int = 1,
@@ -90,6 +91,8 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
         opset: ONNX opset version.
         precision: Of the models.
         verify: How to prove.
+        variants: Smaller children of each model, see :class:`~onnxport.OnnxExport`. A model that is
+            there already gets them only with ``again``.
         mlflow: ``True`` or :class:`~onnxport.MLflow`: log the models, all in one run, and register
             them by its policy; at its ``tracking_uri``, else ``MLFLOW_TRACKING_URI``, else on
             sqlite in the current folder. Epoch, step and the watched metric come from the
@@ -120,7 +123,12 @@ def backfill(  # noqa: PLR0913 - flat keyword arguments, one per choice
     """
     require_runtime(here=workers == 0)
     options = ExportOptions.of(
-        core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+        core=core,
+        inputs=inputs,
+        opset=opset,
+        precision=precision,
+        verify=verify,
+        variants=variants,
     )
     if target is not None and not isinstance(target, str) and not callable(target):
         raise ConfigurationError(f"target must be one name or one callable, got {target!r}.")

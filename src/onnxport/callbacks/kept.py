@@ -28,6 +28,7 @@ class KeptReports:
 
     Args:
         say: Tells the user one line per model.
+        note: Called with each report, and again when a server was told, with its place.
 
     Attributes:
         reports: In the order in which the checkpoints were begun.
@@ -35,7 +36,12 @@ class KeptReports:
         over: Training is over, or ends now.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        note: Callable[[ExportReport, int], None] = lambda _, __: None,
+    ) -> None:
+        self._note = note
         self.reports: list[ExportReport] = []
         self.last: ExportReport | None = None
         self.over = False
@@ -75,6 +81,7 @@ class KeptReports:
             self._places.insert(index, place)
             self.reports.insert(index, report)
             self.last = report
+        self._note(report, place)
         _log(report)
         if report.ok:
             self._say(_success_line(report))
@@ -106,6 +113,7 @@ class KeptReports:
             if self.reports[index].tracking == record:  # it is tried again and again
                 return self.reports[index]
             report = self.reports[index] = self.reports[index].with_tracking(record)
+        self._note(report, place)
         told = "server.missing" if record.missing else "server.told"
         event(
             told,

@@ -265,7 +265,11 @@ def _marker(model: Path) -> Path:
 def _proof_of(options: ExportOptions) -> dict[str, Any]:
     verify = options.verify
     providers = verify.providers if verify.providers == "auto" else list(verify.providers)
-    return {"tolerance": asdict(verify.tolerance), "providers": providers}
+    return {
+        "tolerance": asdict(verify.tolerance),
+        "providers": providers,
+        "variants": [list(each) for each in options.variants],
+    }
 
 
 def _model(marker: Path) -> Path:

@@ -214,4 +214,5 @@ def _options(debt: Owed) -> ExportOptions:
     return replace(
         ExportOptions.of(core="auto", inputs=None, opset=None, precision=None, verify=True),
         verify=verify,
+        variants=tuple((str(name), float(most)) for name, most in content.get("variants", ())),
     )

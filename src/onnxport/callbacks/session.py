@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from onnxport.callbacks.page import RunPage
     from onnxport.callbacks.remote import RemoteModels
     from onnxport.callbacks.runner import Finished, Runner
     from onnxport.config import ExportOptions
@@ -145,6 +146,7 @@ class ExportSession:
         name: What follows the names of its models.
         turns: Shared by all sessions of a run.
         remote: Knows which models belong elsewhere.
+        page: Shows what becomes of each checkpoint, or ``None``.
 
     Attributes:
         preflight: The report of the trial before the first checkpoint, when there was one.
@@ -168,10 +170,13 @@ class ExportSession:
         name: str = "",
         turns: Turns | None = None,
         remote: RemoteModels | None = None,
+        page: RunPage | None = None,
     ) -> None:
         self._remote = remote
+        self._page = page
+        self._origins: dict[int, Provenance] = {}
         self._turns = Turns() if turns is None else turns
-        self._kept = KeptReports(say)
+        self._kept = KeptReports(say, self._show)
         self.preflight: ExportReport | None = None
         self._module = module
         self._options = options
@@ -198,6 +203,12 @@ class ExportSession:
         self._observer = _observer(module, target, is_redirected)
         if options.inputs.example is None or callable(target):
             self._observer.start()
+
+    def _show(self, report: ExportReport, place: int) -> None:
+        """Put a report on the page; a trial has no place there."""
+        origin = self._origins.get(place)
+        if self._page is not None and origin is not None:
+            self._page.add(report, origin)
 
     # --- what the adapter tells -------------------------------------------------------------
 
@@ -277,6 +288,7 @@ class ExportSession:
                 self._track(path)
 
         self._latest[path] = _Begun(place, origin)
+        self._origins[place] = origin
         self._withdrawals.forget(path)
         event("model.begun", model=path, checkpoint=origin.checkpoint, step=origin.global_step)
         self._begin(saved, finished, alive=alive)
@@ -449,8 +461,9 @@ class ExportSession:
 
     def failed(self, error: str, origin: Provenance) -> None:
         """Weights should become a model and cannot even be had."""
-        report = ExportReport.of_failure(error, origin)
-        self._kept.keep(report, {"total": 0.0}, self._kept.next_place())
+        report, place = ExportReport.of_failure(error, origin), self._kept.next_place()
+        self._origins[place] = origin
+        self._kept.keep(report, {"total": 0.0}, place)
 
     def saving(self, path: Path, checkpoint: str) -> None:
         """A checkpoint is about to be saved: its model is owed, and is not what has its name now.

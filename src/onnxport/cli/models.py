@@ -35,6 +35,7 @@ def export(  # noqa: PLR0913 - options of a command
     core: str = "auto",
     opset: int | None = None,
     precision: str = "",
+    variant: list[str] | None = None,
     register: str = "",
     tracking_uri: str = "",
     experiment: str = "",
@@ -48,7 +49,8 @@ def export(  # noqa: PLR0913 - options of a command
     --module is package.module:Class or file.py:Class. The hyperparameters come from the checkpoint;
     --set name=value gives others. What forward takes is said by --shape [name=]8x3x32x32[:dtype]
     for each input, by --example FILE (.pt, .npy, .npz), by --datamodule package.module:Class, or by
-    the module's example_input_array. A folder is done by --workers processes: one export, then
+    the module's example_input_array. --variant fp16, int8 or int8-static makes smaller children of
+    each model, too. A folder is done by --workers processes: one export, then
     refreshes; what has its model already is passed over, unless --again. With --tracking-uri, or
     --register NAME (at MLFLOW_TRACKING_URI, else on sqlite here), MLflow gets the models, in one
     run of --experiment. Exits with 1 if a model could not be made, or told.
@@ -71,6 +73,7 @@ def export(  # noqa: PLR0913 - options of a command
                 dirpath=output,
                 target=target or chosen or None,
                 opset=opset,
+                variants=variant or (),
                 mlflow=_tracking(register, tracking_uri, experiment),
                 workers=workers if len(found) > 1 else 0,
                 again=again,

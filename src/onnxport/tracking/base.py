@@ -169,6 +169,17 @@ class Tracker(Protocol):
         """
         ...
 
+    def attach(self, file: Path) -> None:
+        """Show a file with the run; one of its name is replaced. Without a run, do nothing.
+
+        Args:
+            file: The file.
+
+        Raises:
+            Exception: As above.
+        """
+        ...
+
     def close(self, status: str) -> None:
         """End a run that the tracker itself started.
 

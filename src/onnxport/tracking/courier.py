@@ -127,7 +127,9 @@ class Courier:
     def _do(self, job: Job, address: RunAddress) -> TrackingRecord | None:
         tracker = self._tracker(address)
         record = None
-        if job.content is None:
+        if job.attached:
+            tracker.attach(job.model)
+        elif job.content is None:
             tracker.remove(job.place)
         else:
             record = tracker.publish(job.content, last=job.last)

@@ -53,6 +53,7 @@ class Job:
         last: Whether this is the best model at the end of training.
         ended: How the run has ended (``"FINISHED"``, ``"FAILED"``), if it is ours and has.
         token: Tells it from other jobs for the same model.
+        attached: It is no model but a file to be shown with the run: its page.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class Job:
     last: bool = False
     ended: str | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    attached: bool = False
 
 
 def job_path(model: Path) -> Path:
@@ -89,6 +91,7 @@ def save_job(job: Job) -> Path:
         "last": job.last,
         "ended": job.ended,
         "token": job.token,
+        "attached": job.attached,
     }
     replace_content(path, json.dumps(content).encode())
     return path
@@ -120,6 +123,7 @@ def read_job(path: Path, text: bytes) -> Job:
             last=bool(content["last"]),
             ended=content["ended"],
             token=content["token"],
+            attached=content.get("attached") is True,
         )
     except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from onnxport._files import require_inside
 from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
-from onnxport.tracking.base import without_password
+from onnxport.tracking.base import ModelChangedError, without_password
 from onnxport.tracking.children import (
     PARENT,
     VARIANT,
@@ -155,6 +156,27 @@ class MlflowTracker:
                 return  # nothing was ever told
             for logged in self._at(client, place):
                 self._delete(client, logged, place)
+
+    def attach(self, file: Path) -> None:
+        """Log a file as an artifact of the run, if there is one.
+
+        Args:
+            file: The file; one that is gone, or a link out of its folder, is not shown.
+
+        Raises:
+            ModelChangedError: If it is gone.
+            TrackingError: If the server gives no sign of life.
+            UnsafeFileError: If it is a link out of its folder.
+        """
+        if not file.exists():
+            raise ModelChangedError(f"{file} is not there any more.")
+        require_inside(file)
+        require_reachable(self._run.uri, self._patience.health_s)
+        with _fail_fast(self._patience.request_s + file.stat().st_size // UPLOAD_BYTES_PER_S):
+            client = _client(self._run.uri)
+            run_id = self._run.find(client)
+            if run_id is not None:
+                client.log_artifact(run_id, str(file))
 
     def close(self, status: str) -> None:
         """End the run if it is ours; the run of a logger is never touched.

@@ -27,6 +27,7 @@ from onnxport.callbacks.lightning.facts import (
     is_redirected,
     origin_of,
     run_address,
+    run_folder,
     with_best_score,
 )
 from onnxport.callbacks.lightning.links import mirror_links, remove_link
@@ -56,6 +57,7 @@ from onnxport.callbacks.options import (
     read_preflight,
     read_targets,
 )
+from onnxport.callbacks.page import RunPage, pages_are_wanted
 from onnxport.callbacks.paths import ModelPaths
 from onnxport.callbacks.remote import RemoteModels, is_remote, short_name
 from onnxport.callbacks.runner import InlineRunner, WorkerRunner
@@ -77,7 +79,8 @@ from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.unsharded import gathered
 from onnxport.exporter.weights import weights_sha256
 from onnxport.report import ExportReport
-from onnxport.tracking.job import jobs_in, model_of
+from onnxport.tracking.base import place_of
+from onnxport.tracking.job import Job, jobs_in, model_of
 from onnxport.tracking.outbox import InlineOutbox, ProcessOutbox, Unavailable
 from onnxport.validation.session import require_runtime
 
@@ -107,6 +110,9 @@ show its other sizes in a later epoch only."""
 HAND_OVER_S = 300.0
 """How long a checkpoint that is handed over waits for its model: other processes wait meanwhile,
 and are ended after ten minutes by default (NCCL)."""
+
+PAGE_S = 30.0
+"""How long the end of training waits for the page of the run."""
 
 PAUSE_S = 0.02
 """How often it looks."""
@@ -165,6 +171,10 @@ class OnnxExport(metaclass=FrameworkAware):
             :class:`~onnxport.ExportError` at the next safe point of the loop.
         console: Say a line per model, show the last one in the progress bar, and a table when
             training is over; ``False``: only warnings.
+        page: Draw a page of the run, ``onnxport.html`` beside the folder of checkpoints, now and
+            then and at the end, in a process of its own, and show it in the MLflow run. It needs
+            ``onnxport[page]``; without that only its history is written, for ``onnxport report``.
+            ``False``: neither; ``ONNXPORT_PAGE=0`` in the environment makes that the default.
 
     Attributes:
         reports: One :class:`~onnxport.ExportReport` per attempted checkpoint, complete when ``fit``
@@ -201,6 +211,7 @@ class OnnxExport(metaclass=FrameworkAware):
         preflight: bool | Literal["raise"] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         console: bool = True,
+        page: bool | None = None,
     ) -> None:
         require_choice("on_error", on_error, ("warn", "raise"))
         if not isinstance(dirpath, (str, os.PathLike, type(None))):
@@ -218,6 +229,7 @@ class OnnxExport(metaclass=FrameworkAware):
         self.preflight = read_preflight(preflight, self.background)
         self.on_error = on_error
         self.console = console
+        self.page = pages_are_wanted(page)
         self.options = ExportOptions.of(
             core=core,
             inputs=inputs,
@@ -242,8 +254,10 @@ class OnnxExport(metaclass=FrameworkAware):
         self._ended = self._failed = False
         self._early_failure: ExportError | None = None
         self._outbox: Outbox | None = None
+        self._run: RunAddress | None = None
         self._measured = Measured()
         self._watch: ValidationWatch | None = None
+        self._page: RunPage | None = None
         self._roots: list[str] = []
 
     @property
@@ -272,6 +286,7 @@ class OnnxExport(metaclass=FrameworkAware):
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         state = vars(self) | {"_sessions": {}, "_earlier": self.reports, "_watch": None}
+        state["_page"] = None
         return unpickled, (unbound(type(self)), state)
 
     # --- hooks ------------------------------------------------------------------------------
@@ -327,6 +342,7 @@ class OnnxExport(metaclass=FrameworkAware):
             return
         address = self._address(trainer)
         turns = Turns()
+        self._page = self._new_page(trainer)
         self._sessions = {
             name: ExportSession(
                 pl_module,
@@ -341,6 +357,7 @@ class OnnxExport(metaclass=FrameworkAware):
                 name=name,
                 turns=turns,
                 remote=self._remote,
+                page=self._page,
             )
             for place, (name, target) in enumerate(self.targets.items())
         }
@@ -350,6 +367,20 @@ class OnnxExport(metaclass=FrameworkAware):
         if self.console:
             with _never_raises("showing the last model"):
                 add_status(trainer, self._status)
+
+    def _new_page(self, trainer: Any) -> RunPage | None:
+        """Return the page of this fit; that of an earlier fit in its folder begins anew."""
+        if not self.page or trainer.fast_dev_run:
+            return None
+        folder = run_folder(trainer, self._folder)
+        return RunPage(folder, anew=trainer.ckpt_path is None, ready=self._attach)
+
+    def _attach(self, page: Path) -> None:
+        """Show the page in the run of a tracking server."""
+        address, outbox = self._run, self._outbox
+        if address is not None and outbox is not None:
+            job = Job(model=page.absolute(), place=place_of(page), address=address, attached=True)
+            outbox.submit(job, lambda _: None)
 
     def _runner(self, pl_module: Any, place: int) -> Runner:
         if self.background is None:
@@ -738,7 +769,7 @@ class OnnxExport(metaclass=FrameworkAware):
 
     def _address(self, trainer: Any) -> RunAddress | None:
         """Find the run, and open an outbox to it."""
-        self._outbox = None
+        self._outbox = self._run = None
         if self._mlflow is None or trainer.fast_dev_run:
             return None
         try:
@@ -750,12 +781,20 @@ class OnnxExport(metaclass=FrameworkAware):
         if address is not None:
             inline = self.background is None
             self._outbox = InlineOutbox(address) if inline else ProcessOutbox(address)
+        self._run = address
         return address
 
     def _finish_tracking(self, limit_s: float) -> None:
+        end = time.monotonic() + max(0.0, limit_s)
         if self._outbox is not None:
             with _never_raises("the end of tracking"):
                 self._outbox.drain(max(0.0, limit_s), lambda _: None)
+        if self._page is not None:  # by now it can say what the server holds
+            with _never_raises("the page of the run"):
+                self._page.finish(min(PAGE_S, end - time.monotonic()))
+        if self._outbox is not None:
+            with _never_raises("the end of tracking"):
+                self._outbox.drain(max(0.0, end - time.monotonic()), lambda _: None)
                 self._outbox.close("FAILED" if self._failed else "FINISHED")
 
     def _raise_failure(self, trainer: Any) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "is_redirected",
     "origin_of",
     "run_address",
+    "run_folder",
     "with_best_score",
 ]
 
@@ -96,6 +97,19 @@ def checkpoint_roots(trainer: Any) -> list[str]:
     """Return the folders that checkpoints are written to."""
     folders = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
     return [str(folder) for folder in folders if folder]
+
+
+def run_folder(trainer: Any, otherwise: Path) -> Path:
+    """Return the folder of a run on this machine: the one around its checkpoints.
+
+    Args:
+        trainer: The trainer.
+        otherwise: Where there are none, or they are elsewhere.
+    """
+    here = [Path(root) for root in checkpoint_roots(trainer) if not is_remote(root)]
+    if not here:
+        return otherwise
+    return here[0].parent if here[0].name == "checkpoints" else here[0]
 
 
 def _deciding(trainer: Any) -> Any:
