@@ -42,6 +42,7 @@ autodoc_typehints = "none"  # the signature and Args say it
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
+napoleon_custom_sections = ["Source"]
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72
 python_display_short_literal_types = True
@@ -86,6 +87,16 @@ class Drawings(SphinxPostTransform):
                 image.replace_self(nodes.raw("", html, format="html"))
 
 
+def list_the_others(_: Sphinx, docname: str, source: list[str]) -> None:
+    """Put the pages that the start page does not name into its last list: a new one is there."""
+    if docname == "index":
+        pages = sorted(path.stem for path in HERE.glob("*.md"))
+        named = {line.strip() for line in source[0].splitlines()} | {"index"}
+        excluded = {pattern.removesuffix(".md") for pattern in exclude_patterns}
+        others = [page for page in pages if page not in named | excluded]
+        source[0] = source[0].replace("(other pages)", "\n".join(others))
+
+
 def lead_into_the_site(_: Sphinx, docname: str, source: list[str]) -> None:
     """Measurements are pages of the site, too; elsewhere they are files of the repository."""
     up = "../" * docname.count("/")
@@ -97,4 +108,5 @@ def lead_into_the_site(_: Sphinx, docname: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> None:
     """Add what is ours."""
     app.add_post_transform(Drawings)
+    app.connect("source-read", list_the_others)
     app.connect("source-read", lead_into_the_site)

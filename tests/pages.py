@@ -6,7 +6,7 @@ below FOLDER, which holds ``digits.py`` of the tutorial, and writes what went wr
 A comment before a block says what is done with it: ``<!-- file: name -->`` writes it to a file,
 ``<!-- not run: reason -->`` leaves it out. Otherwise Python goes on from the blocks before it,
 ``console`` blocks run each line after ``$``, and a ``text`` block, or what follows a command, is what
-must have been printed; ``...`` stands for anything.
+must have been printed last; ``...`` stands for anything.
 """
 
 from __future__ import annotations
@@ -67,8 +67,11 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Tell whether what was printed is what a page shows; ``...`` stands for anything."""
-    pattern = ""
+    """Tell whether what was printed ends as a page shows; ``...`` stands for anything.
+
+    Before it may come what others print: a summary of the module, a progress bar.
+    """
+    pattern = r"(?:[^\n]*\n)*?"
     for line in expected.rstrip().splitlines():
         if line.strip() == "...":
             pattern += r"(?:[^\n]*\n)*"
@@ -94,6 +97,7 @@ class Reader:
         self.port = str(free_port())
         self.servers: list[subprocess.Popen[bytes]] = []
         self.printed = ""
+        self.wrong: list[str] = []
 
     def read(self) -> None:
         """Run all blocks.
@@ -109,6 +113,7 @@ class Reader:
                     path.write_text(block.text, encoding="utf-8")
                 elif block.mark is None:
                     self._do(block)
+            assert not self.wrong, "\n\n".join(self.wrong)
         finally:
             for server in self.servers:
                 with contextlib.suppress(ProcessLookupError):
@@ -130,7 +135,7 @@ class Reader:
 
     def _require(self, expected: str, printed: str, where: str) -> None:
         if not matches(expected, printed):
-            raise AssertionError(f"{where}: the page shows\n{expected}\nprinted is\n{printed}")
+            self.wrong.append(f"{where}: the page shows\n{expected}\nprinted is\n{printed}")
 
     def _python(self, block: Block) -> str:
         text = block.text.replace(PORT, self.port)
@@ -149,7 +154,7 @@ class Reader:
             name, _, value = words[1].partition("=")
             os.environ[name] = value
             return ""
-        if words[:2] == ["onnxport", "serve"]:
+        if words[:2] in (["onnxport", "serve"], ["mlflow", "server"]):
             self._serve(words)
             return ""
         if words[0] == "onnxport":
@@ -162,24 +167,23 @@ class Reader:
         return done.stdout
 
     def _serve(self, words: list[str]) -> None:
-        log = (self.folder / "serve.log").open("wb")
-        self.servers.append(
-            subprocess.Popen(
-                [sys.executable, "-c", "from onnxport.cli import main; main()", *words[1:]],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        """Start a server, and wait until it answers."""
+        ours = ["-c", "from onnxport.cli import main; main()"]
+        command = [sys.executable, *(ours if words[0] == "onnxport" else ["-m", "mlflow"])]
+        log = (self.folder / "server.log").open("wb")
+        server = subprocess.Popen(
+            [*command, *words[1:]], stdout=log, stderr=log, start_new_session=True
         )
+        self.servers.append(server)
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.servers[-1].poll() is None:
+        while time.monotonic() < deadline and server.poll() is None:
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=2),
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2),
             ):
                 return
             time.sleep(0.2)
-        text = (self.folder / "serve.log").read_text(encoding="utf-8", errors="replace")
+        text = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")
         raise AssertionError(f"the server did not start:\n{text[-3000:]}")
 
 
