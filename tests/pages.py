@@ -134,6 +134,7 @@ class Reader:
             raise AssertionError(f"line {block.line}: nobody runs a block of {block.kind!r}")
 
     def _require(self, expected: str, printed: str, where: str) -> None:
+        expected = expected.replace(PORT, self.port)
         if not matches(expected, printed):
             self.wrong.append(f"{where}: the page shows\n{expected}\nprinted is\n{printed}")
 
@@ -206,7 +207,7 @@ def _onnxport(words: list[str]) -> str:
     result = CliRunner().invoke(_app(), words)
     if result.exit_code not in {0, 1} or isinstance(result.exception, Exception):
         raise AssertionError(f"onnxport {words}: {result.exit_code}\n{result.output}")
-    return result.stdout
+    return result.output
 
 
 def main() -> None:

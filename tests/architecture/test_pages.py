@@ -1,0 +1,109 @@
+"""What the documentation shows runs as it stands, page by page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pages import DOCS, blocks_of, matches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ROOT = DOCS.parent
+SLOW = {"server-down", "several-processes"}
+"""They start servers and processes: a minute and more."""
+TESTED_ELSEWHERE = {
+    "any-model",
+    "architecture",
+    "command-line",
+    "lockstep",
+    "page",
+    "progress",
+    "reliability",
+    "scale",
+    "tracking",
+}
+PAGES = [
+    page
+    for page in sorted(DOCS.glob("**/*.md"))
+    if page.stem not in TESTED_ELSEWHERE | {"tutorial"} and "_build" not in page.parts
+]
+QUICK = [page for page in PAGES if page.stem not in SLOW and blocks_of(page)]
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def read(pages: Iterable[Path], folder: Path) -> dict[str, dict[str, str]]:
+    """Do what pages say, in a process of their own; return what went wrong with each."""
+    results = folder / "results.json"
+    paths = [str(ROOT / "src"), str(ROOT / "tests")]
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "pages.py", results, folder / "pages", *pages],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        check=True,
+        capture_output=True,
+    )
+    found: dict[str, dict[str, str]] = json.loads(results.read_text())
+    return {Path(page).stem: outcome for page, outcome in found.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    # Models are made in the process that reads the pages: each start of a worker takes seconds.
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONNXPORT_BACKGROUND", "0")
+        patch.setenv("ONNXPORT_CACHE_DIR", str(folder / "memory"))
+        return read(QUICK, folder)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", QUICK, ids=lambda page: page.stem)
+def test_what_a_page_shows_happens(page: Path, outcomes: dict[str, dict[str, str]]) -> None:
+    assert outcomes[page.stem]["error"] == ""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.worker
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_what_a_slow_page_shows_happens(name: str, tmp_path: Path) -> None:
+    (outcome,) = read([DOCS / "how-to" / f"{name}.md"], tmp_path).values()
+    assert outcome["error"] == ""
+
+
+def test_a_page_that_shows_something_else_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "wrong.md"
+    page.write_text(
+        "```python\nprint(6 * 7)\n```\n\n```text\n41\n```\n\n```yaml\na: 1\n```\n", encoding="utf-8"
+    )
+    (outcome,) = read([page], tmp_path).values()
+    assert "nobody runs a block of 'yaml'" in outcome["error"]
+    page.write_text("```python\nprint(6 * 7)\n```\n\n```text\n41\n```\n", encoding="utf-8")
+    (outcome,) = read([page], tmp_path / "again").values()
+    assert "the page shows\n41" in outcome["error"]
+    assert "printed is\n42" in outcome["error"]
+
+
+@pytest.mark.parametrize(
+    ("expected", "printed", "same"),
+    [
+        ("a\nb", "a\nb\n", True),
+        ("b", "a\nb\n", True),
+        ("a", "a\nb\n", False),
+        ("a\n...\nc", "a\nb\nb\nc", True),
+        ("a ... c", "a b c", True),
+        ("a ... c", "a b\nc", False),
+        ("a.c", "abc", False),
+    ],
+)
+def test_what_is_shown_is_compared_with_the_end_of_what_is_printed(
+    expected: str, printed: str, same: bool
+) -> None:
+    assert matches(expected, printed) == same
