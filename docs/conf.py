@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import onnxport  # noqa: E402 - of this tree, whatever is installed
+import onnxport
 
 project = "onnxport"
 author = "the onnxport developers"
@@ -87,6 +88,21 @@ class Drawings(SphinxPostTransform):
                 image.replace_self(nodes.raw("", html, format="html"))
 
 
+def signature_of_init(
+    _: Sphinx, what: str, __: str, value: object, *___: object
+) -> tuple[str, None] | None:
+    """Show the arguments of a class whose metaclass would show ``(*args, **kwargs)``."""
+    if what != "class" or type(value) is type:
+        return None
+    signature = inspect.signature(value.__init__)  # type: ignore[misc]
+    shown = [
+        each.replace(annotation=inspect.Parameter.empty)
+        for each in list(signature.parameters.values())[1:]
+    ]
+    plain = signature.replace(parameters=shown, return_annotation=inspect.Signature.empty)
+    return str(plain), None
+
+
 def list_the_others(_: Sphinx, docname: str, source: list[str]) -> None:
     """Put the pages that the start page does not name into its last list: a new one is there."""
     if docname == "index":
@@ -108,5 +124,7 @@ def lead_into_the_site(_: Sphinx, docname: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> None:
     """Add what is ours."""
     app.add_post_transform(Drawings)
+    app.connect("autodoc-process-signature", signature_of_init)
     app.connect("source-read", list_the_others)
+    app.connect("env-get-outdated", lambda *_: ["index"])  # its list may be another one now
     app.connect("source-read", lead_into_the_site)

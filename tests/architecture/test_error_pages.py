@@ -29,7 +29,11 @@ def test_its_page_says_what_to_do(kind: type[errors.OnnxportError]) -> None:
         assert f"`{kind.__name__}`" in text
 
 
-@pytest.mark.parametrize("page", sorted(set(ROOT.glob("docs/**/*.md")) - set(ROOT.glob("docs/_build/**"))), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    sorted(set(ROOT.glob("docs/**/*.md")) - set(ROOT.glob("docs/_build/**"))),
+    ids=lambda page: page.name,
+)
 def test_what_a_page_points_to_is_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from pages import DOCS
@@ -17,6 +17,9 @@ from pages import DOCS
 import onnxport
 from onnxport import config, doctor, errors, report, tracking
 from onnxport.callbacks.lightning.callback import OnnxExport
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ROOT = DOCS.parent
 pytest.importorskip("sphinx", reason="the group of dependencies `docs` is not installed")
@@ -29,7 +32,9 @@ PUBLIC = [
     *(f"onnxport.doctor.{name}" for name in doctor.__all__),
 ]
 OPTIONS = [
-    getattr(config, name) for name in config.__all__ if dataclasses.is_dataclass(getattr(config, name))
+    getattr(config, name)
+    for name in config.__all__
+    if dataclasses.is_dataclass(getattr(config, name))
 ]
 
 
@@ -74,7 +79,9 @@ def test_every_argument_of_the_callback_is_explained(site: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "option", [each for each in OPTIONS if each.__name__ in onnxport.__all__], ids=lambda x: x.__name__
+    "option",
+    [each for each in OPTIONS if each.__name__ in onnxport.__all__],
+    ids=lambda x: x.__name__,
 )
 def test_every_option_is_explained(option: type, site: Path) -> None:
     page = (site / "reference" / "options.html").read_text(encoding="utf-8")
