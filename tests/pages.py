@@ -224,7 +224,7 @@ def main() -> None:
     (digits,) = [b for b in blocks_of(DOCS / "tutorial.md") if b.value == "digits.py"]
     found: dict[str, dict[str, Any]] = {}
     for page in pages:
-        place = folder / page.stem
+        place = folder / f"{page.parent.name}-{page.stem}"
         place.mkdir(parents=True)
         (place / "digits.py").write_text(digits.text, encoding="utf-8")
         environment, before = dict(os.environ), Path.cwd()
