@@ -57,7 +57,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
         return read(QUICK, folder)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", QUICK, ids=lambda page: page.stem)
 def test_what_a_page_shows_happens(page: Path, outcomes: dict[str, dict[str, str]]) -> None:
     assert outcomes[str(page)]["error"] == ""
@@ -65,7 +65,7 @@ def test_what_a_page_shows_happens(page: Path, outcomes: dict[str, dict[str, str
 
 @pytest.mark.exhaustive
 @pytest.mark.worker
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_what_a_slow_page_shows_happens(name: str, tmp_path: Path) -> None:
     (outcome,) = read([DOCS / "how-to" / f"{name}.md"], tmp_path).values()

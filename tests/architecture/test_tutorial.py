@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.worker
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_tutorial_does_what_it_shows(tmp_path: Path) -> None:
     tests = DOCS.parent / "tests"
     path = os.pathsep.join([str(tests.parent / "src"), str(tests)])
