@@ -27,7 +27,10 @@ import traceback
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DOCS = Path(__file__).parents[1] / "docs"
 PORT = "5001"
@@ -218,8 +221,43 @@ def _onnxport(words: list[str]) -> str:
     return result.output
 
 
+def read_elsewhere(pages: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """Do what pages say in a process of its own, which ends its servers whatever happens here."""
+    results = folder / "results.json"
+    paths = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, __file__, results, folder / "pages", *pages],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdout=log,
+            stderr=log,
+        ) as process,
+    ):
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    found: dict[str, dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
+    return found
+
+
+class _Ended(BaseException):
+    """Whoever waits for the pages waits no more."""
+
+
+def _end(*_: object) -> None:
+    raise _Ended
+
+
 def main() -> None:
-    """Run pages."""
+    """Run pages.
+
+    Raises:
+        _Ended: If nobody waits for them any more.
+    """
+    signal.signal(signal.SIGTERM, _end)
     results, folder, *pages = (Path(word).resolve() for word in sys.argv[1:])
     (digits,) = [b for b in blocks_of(DOCS / "tutorial.md") if b.value == "digits.py"]
     found: dict[str, dict[str, Any]] = {}
@@ -233,6 +271,8 @@ def main() -> None:
         begun, error = sum(os.times()[:4]), ""
         try:
             Reader(page, place).read()
+        except _Ended:
+            raise
         except BaseException:  # noqa: BLE001 - it is written down, and the next page has its turn
             error = traceback.format_exc()
         sys.path.remove(str(place))

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from pages import DOCS, blocks_of, matches
+from pages import DOCS, blocks_of, matches, read_elsewhere
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
-ROOT = DOCS.parent
 SLOW = {"server-down", "several-processes"}
 """They start servers and processes: a minute and more."""
 NAMED = ("index", "how-it-works", "guarantees", "comparison", "troubleshooting", "contributing")
@@ -33,20 +27,6 @@ QUICK = [page for page in PAGES if page.stem not in SLOW and blocks_of(page)]
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def read(pages: Iterable[Path], folder: Path) -> dict[str, dict[str, str]]:
-    """Do what pages say, in a process of their own; return what went wrong with each."""
-    results = folder / "results.json"
-    paths = [str(ROOT / "src"), str(ROOT / "tests")]
-    subprocess.run(
-        [sys.executable, ROOT / "tests" / "pages.py", results, folder / "pages", *pages],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        check=True,
-        capture_output=True,
-    )
-    found: dict[str, dict[str, str]] = json.loads(results.read_text())
-    return found
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     # Models are made in the process that reads the pages: each start of a worker takes seconds.
@@ -54,7 +34,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONNXPORT_BACKGROUND", "0")
         patch.setenv("ONNXPORT_CACHE_DIR", str(folder / "memory"))
-        return read(QUICK, folder)
+        return read_elsewhere(QUICK, folder)
 
 
 @pytest.mark.timeout(1800)
@@ -68,7 +48,7 @@ def test_what_a_page_shows_happens(page: Path, outcomes: dict[str, dict[str, str
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_what_a_slow_page_shows_happens(name: str, tmp_path: Path) -> None:
-    (outcome,) = read([DOCS / "how-to" / f"{name}.md"], tmp_path).values()
+    (outcome,) = read_elsewhere([DOCS / "how-to" / f"{name}.md"], tmp_path).values()
     assert outcome["error"] == ""
 
 
@@ -77,10 +57,11 @@ def test_a_page_that_shows_something_else_is_noticed(tmp_path: Path) -> None:
     page.write_text(
         "```python\nprint(6 * 7)\n```\n\n```text\n41\n```\n\n```yaml\na: 1\n```\n", encoding="utf-8"
     )
-    (outcome,) = read([page], tmp_path).values()
+    (outcome,) = read_elsewhere([page], tmp_path).values()
     assert "nobody runs a block of 'yaml'" in outcome["error"]
+    (tmp_path / "again").mkdir()
     page.write_text("```python\nprint(6 * 7)\n```\n\n```text\n41\n```\n", encoding="utf-8")
-    (outcome,) = read([page], tmp_path / "again").values()
+    (outcome,) = read_elsewhere([page], tmp_path / "again").values()
     assert "the page shows\n41" in outcome["error"]
     assert "printed is\n42" in outcome["error"]
 
