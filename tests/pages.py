@@ -187,7 +187,7 @@ class Reader:
             [*command, *words[1:]], stdout=log, stderr=log, start_new_session=True
         )
         self.servers.append(server)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and server.poll() is None:
             with (
                 contextlib.suppress(OSError),
