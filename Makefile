@@ -22,7 +22,7 @@ SOAK_ARGS ?=
 FUZZ_ARGS ?=
 
 INSTALL = $(BIN)/python -m pip install --upgrade "pip>=25.1" && \
-	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group test --group lint
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]" --group test --group lint --group docs
 # HASHES=1, as the gate has it: the files of requirements-ci.txt and no others.
 INSTALL_HASHED = $(BIN)/python -m pip install --require-hashes --only-binary :all: --no-deps \
 	-r requirements-ci.txt && \
@@ -32,7 +32,7 @@ INSTALL_HASHED = $(BIN)/python -m pip install --require-hashes --only-binary :al
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test exhaustive test-scale faults fuzz soak supply audit check screenshots bench coverage clean
+.PHONY: install demo test exhaustive test-scale faults fuzz soak supply audit check docs screenshots bench coverage clean
 
 install: $(STAMP)
 
@@ -85,6 +85,11 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache > .imports.log 2>&1 || { cat .imports.log; exit 1; }
 
+# The site, in docs/_build/html; a warning (a broken link, an unknown name) is an error.
+docs: $(STAMP)
+	@start=$$(date +%s); $(BIN)/python -m sphinx -b html -n -W --keep-going -q docs docs/_build/html && \
+	 echo "onnxport: docs/_build/html/index.html, make docs took $$(( $$(date +%s) - start )) s"
+
 screenshots: $(STAMP)
 	$(BIN)/python docs/screenshots.py
 
@@ -111,4 +116,4 @@ coverage: $(ZOO_STAMP)
 	$(ZOO)/bin/python benchmarks/coverage.py $(COVERAGE_ARGS)
 
 clean:
-	rm -rf $(VENV) $(ZOO) runs $(LOG) $(ZOO_LOG) .imports.log
+	rm -rf $(VENV) $(ZOO) docs/_build runs $(LOG) $(ZOO_LOG) .imports.log

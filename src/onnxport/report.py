@@ -288,7 +288,7 @@ class ExportReport:
         global_step: Number of optimizer steps taken.
         metrics: Metrics at the time of saving.
         weights_sha256: Hash of the checkpoint's ``state_dict``, see
-            :func:`onnxport.exporter.weights.weights_sha256`.
+            :func:`onnxport.weights_sha256`.
         target: What was exported: ``""`` for the whole module, else the name of a submodule.
         inputs: Name, dtype and shape of each input.
         outputs: Name, dtype and shape of each output.

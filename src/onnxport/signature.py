@@ -41,7 +41,7 @@ class TensorSpec:
 
     @property
     def dynamic_axes(self) -> dict[int, str]:
-        """The symbolic dimensions: position -> name."""
+        """Position -> name of the symbolic dimension."""
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str)}
 
     def to_dict(self) -> dict[str, Any]:

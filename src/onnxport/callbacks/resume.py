@@ -52,7 +52,7 @@ def resume(
         tell: Called with each report as it comes.
 
     Returns:
-        One report per model that was owed. A model that cannot be made like this stays owed: the
+        One report per model that was owed. A model that cannot be made like this stays owed; the
         next fit makes it.
 
     Raises:

@@ -54,7 +54,8 @@ def spark_udf(
         options: Others of ``mlflow.pyfunc.spark_udf``.
 
     Returns:
-        A function of one column per input: a number, or an array of the flat values of a row.
+        A function of one column per input, which holds a number, or an array of the flat values
+        of a row.
 
     Raises:
         MissingDependencyError: If MLflow or pyspark is not installed.
