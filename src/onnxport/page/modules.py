@@ -61,7 +61,7 @@ class Box:
     def shape(self) -> tuple[object, ...]:
         """What it has in common with the other layers of a stack."""
         inner = tuple(child.shape for child in self.children)
-        return (self.kind, frozenset(self.operators.items()), self.parameters, inner)
+        return (self.kind, frozenset(self.operators.items()), inner)
 
 
 def boxes_of(model: onnx.ModelProto) -> Box:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onnxport.page.history import Event
-    from onnxport.report import ExportReport
+    from onnxport.report import ExportReport, OutputError
 
-__all__ = ["RunHistory", "worst_ratio"]
+__all__ = ["RunHistory", "ratio_of", "worst_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,13 @@ class RunHistory:
 
 def worst_ratio(report: ExportReport) -> float | None:
     """Return the largest part of its budget that any output uses in any check."""
-    ratios = (_ratio(one.max_abs_error, one.budget) for each in report.checks for one in each.outputs)
+    ratios = (ratio_of(output) for check in report.checks for output in check.outputs)
     return max(ratios, default=None)
 
 
-def _ratio(error: float, budget: float) -> float:
+def ratio_of(output: OutputError) -> float:
+    """Return which part of its budget an output uses; infinity where there is none to use."""
+    error, budget = output.max_abs_error, output.budget
     if error == 0:
         return 0.0
     if not math.isfinite(error) or not budget > 0:

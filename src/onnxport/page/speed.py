@@ -1,0 +1,242 @@
+"""How long things take: runs of a model, its variants, and the stages of making models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from onnxport.page.parts import Cell, Figure, Section, Table, axis, label, line
+from onnxport.page.wording import NOTHING, clipped, counted, duration_text, name_of, number_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onnxport.page.run import RunHistory
+    from onnxport.report import ExportReport, Latency
+
+__all__ = ["latency", "stages"]
+
+_MOST_LINES, _MOST_STAGES_DRAWN = 12, 120
+_SUMS = ("total", "stall")
+"""What is no stage of its own."""
+
+
+def latency(run: RunHistory) -> Section:
+    """Draw how long runs take over the batch size, and how many rows that is in a second."""
+    shown = run.with_most("latencies")
+    if shown is None:
+        return Section(
+            name="latency",
+            title="Speed",
+            missing="not measured; OnnxExport(latency=True) runs the model and PyTorch in turns.",
+        )
+    ways: dict[str, list[Latency]] = defaultdict(list)
+    for one in sorted(shown.latencies, key=lambda each: each.batch):
+        ways[one.name].append(one)
+    drawn = dict(list(ways.items())[:_MOST_LINES])
+    return Section(
+        name="latency",
+        title="Speed",
+        lead=f"Runs of {name_of(shown)} and of PyTorch, in turns, after a warm-up. Lines are medians "
+        "(p50); bars reach to what one run in twenty exceeds (p95).",
+        figures=(_latency_figure(drawn), _throughput_figure(drawn)),
+    )
+
+
+def _batches(ways: dict[str, list[Latency]]) -> list[int]:
+    return sorted({one.batch for each in ways.values() for one in each})
+
+
+def _batch_axis(ways: dict[str, list[Latency]]) -> dict[str, Any]:
+    batches = _batches(ways)[:24]
+    return axis("batch", type="log", tickvals=batches, ticktext=[str(each) for each in batches])
+
+
+def _latency_figure(ways: dict[str, list[Latency]]) -> Figure:
+    traces = [
+        {
+            "name": label(_short(name)),
+            "x": [one.batch for one in each],
+            "y": [one.p50 * 1e3 for one in each],
+            "error_y": {
+                "type": "data",
+                "array": [max(0.0, one.p95 - one.p50) * 1e3 for one in each],
+                "symmetric": False,
+                "thickness": 1.2,
+                "width": 3,
+            },
+            "mode": "lines+markers",
+            "line": line(number),
+            "marker": {"size": 7},
+        }
+        for number, (name, each) in enumerate(ways.items())
+    ]
+    return Figure(
+        name="chart-latency",
+        title="Time of a run",
+        summary=_fastest_in_words(ways),
+        data=traces,
+        layout={"xaxis": _batch_axis(ways), "yaxis": axis("ms", type="log", dtick=1)},
+        table=_latency_table(ways),
+    )
+
+
+def _fastest_in_words(ways: dict[str, list[Latency]]) -> str:
+    batch = _batches(ways)[-1]
+    at = [one for each in ways.values() for one in each if one.batch == batch]
+    best = min(at, key=lambda one: one.p50)
+    text = f"At batch {batch}, {_short(best.name)} is the fastest: {duration_text(best.p50)}"
+    eager = next((one for one in at if one.name == "eager" and one is not best), None)
+    if eager is None or not best.p50 > 0:
+        return f"{text}."
+    return f"{text}, {eager.p50 / best.p50:.1f} times as fast as PyTorch as it is."
+
+
+def _latency_table(ways: dict[str, list[Latency]]) -> Table:
+    return Table(
+        caption="Time of a run, for each way of running the model and each batch size",
+        columns=("way", "batch", "p50", "p95", "rows/s", "runs"),
+        rows=tuple(
+            (
+                _short(one.name),
+                f"{one.batch:,}",
+                duration_text(one.p50),
+                duration_text(one.p95),
+                _rate(one.throughput),
+                f"{one.runs:,}",
+            )
+            for each in ways.values()
+            for one in each
+        ),
+        at_once=60,
+    )
+
+
+def _throughput_figure(ways: dict[str, list[Latency]]) -> Figure:
+    traces = [
+        {
+            "name": label(_short(name)),
+            "x": [one.batch for one in each],
+            "y": [one.throughput for one in each],
+            "mode": "lines+markers",
+            "line": line(number),
+            "marker": {"size": 7},
+        }
+        for number, (name, each) in enumerate(ways.items())
+    ]
+    best = max((one for each in ways.values() for one in each), key=lambda one: one.throughput)
+    return Figure(
+        name="chart-throughput",
+        title="Rows in a second",
+        summary=f"Most rows in a second: {_rate(best.throughput)}, with {_short(best.name)} at batch "
+        f"{best.batch}.",
+        data=traces,
+        layout={"xaxis": _batch_axis(ways), "yaxis": axis("rows/s", type="log", dtick=1)},
+    )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else number_text(value)  # noqa: PLR2004
+
+
+def _short(name: str) -> str:
+    """Return the name of a way as people say it."""
+    spoken = {"eager": "PyTorch eager", "compiled": "PyTorch compiled"}
+    return clipped(spoken.get(name, name.removesuffix("ExecutionProvider")), 40)
+
+
+def stages(run: RunHistory) -> Section:
+    """Draw where the time from a checkpoint to its model goes."""
+    timed = [report for report in run.reports if report.seconds]
+    names = list(dict.fromkeys(name for each in timed for name in each.seconds))
+    if not names:
+        return Section(name="stages", title="Where time goes", missing="No times in the reports.")
+    drawn = timed[-_MOST_STAGES_DRAWN:]
+    table = _stage_table(names, timed)
+    figure = Figure(
+        name="chart-stages",
+        title="Seconds of each stage, for each checkpoint",
+        summary=_stages_in_words(timed, names),
+        data=_stage_traces([name for name in names if name not in _SUMS], drawn),
+        layout={
+            "barmode": "stack",
+            "bargap": 0.25,
+            "xaxis": {"type": "category", "nticks": 12, **axis("step")},
+            "yaxis": axis("s", rangemode="tozero"),
+        },
+        height=280,
+        table=table,
+    )
+    some = f"The last {len(drawn)} of {len(timed):,}. " if len(drawn) < len(timed) else ""
+    return Section(
+        name="stages",
+        title="Where time goes",
+        lead=f"{some}Stages run beside training, in a process of their own.",
+        figures=(figure,),
+    )
+
+
+def _stages_in_words(timed: Sequence[ExportReport], names: Sequence[str]) -> str:
+    stage = max(
+        (name for name in names if name not in _SUMS),
+        key=lambda name: sum(each.seconds.get(name, 0.0) for each in timed),
+        default=names[0],
+    )
+    values = [each.seconds[stage] for each in timed if stage in each.seconds]
+    return f"Most of it is {clipped(stage, 40)}: {duration_text(median(values))} in the median."
+
+
+def _stage_traces(names: Sequence[str], drawn: Sequence[ExportReport]) -> list[dict[str, Any]]:
+    places = [_place(report, number) for number, report in enumerate(drawn, 1)]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "name": label(clipped(name, 30)),
+            "x": places,
+            "y": [report.seconds.get(name, 0.0) for report in drawn],
+            "marker": {"color": line(number)["color"]},
+        }
+        for number, name in enumerate(names)
+    ]
+    waiting = [_waiting(report, names) for report in drawn]
+    if any(waiting):
+        marker = {"color": "--grid"}
+        traces.append({"type": "bar", "name": "waiting", "x": places, "y": waiting, "marker": marker})
+    return traces
+
+
+def _place(report: ExportReport, number: int) -> str:
+    return f"#{number}" if report.global_step is None else str(report.global_step)
+
+
+def _waiting(report: ExportReport, names: Sequence[str]) -> float:
+    known = sum(report.seconds.get(name, 0.0) for name in names)
+    return max(0.0, report.seconds.get("total", 0.0) - known)
+
+
+def _stage_table(names: Sequence[str], timed: Sequence[ExportReport]) -> Table:
+    said = {"total": "in all, waiting included", "stall": "training held up"}
+    values = {
+        name: [each.seconds[name] for each in timed if name in each.seconds] for name in names
+    }
+    longest = max(median(each) for each in values.values()) or 1.0
+    return Table(
+        caption="Duration of each stage",
+        columns=("stage", "median", "longest", "checkpoints"),
+        rows=tuple(
+            (
+                clipped(said.get(name, name), 60),
+                Cell(duration_text(median(each)), bar=_bar(median(each), longest)),
+                duration_text(max(each)),
+                f"{len(each):,}",
+            )
+            for name, each in values.items()
+        ),
+        at_once=40,
+    )
+
+
+def _bar(value: float, longest: float) -> float:
+    part = value / longest
+    return min(1.0, part) if part > 0 else 0.0
