@@ -20,12 +20,7 @@ __all__ = ["by_output", "by_size", "parity"]
 
 _MOST_OUTPUTS, _MOST_POINTS, _MOST_DIMS, _MOST_LINES = 20, 1500, 6, 12
 _LEAST, _MOST = 1e-6, 1e3
-_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100, 1000)
-_PARTS: dict[str, Any] = {
-    "type": "log",
-    "tickvals": list(_TICKS),
-    "ticktext": [f"{tick * 100:g} %" for tick in _TICKS],
-}
+_DECADES = range(-6, 4)
 _BUDGET = {"color": "--bad", "width": 1.5, "dash": "dash"}
 
 
@@ -50,7 +45,7 @@ def by_output(run: RunHistory) -> Section:
         f"{worst[0]}.",
         data=[*_boxes(drawn, found), *_points(run, drawn)],
         layout={
-            "xaxis": axis("part of the budget", **_PARTS),
+            "xaxis": _parts([*(v for each in found.values() for v in each), 1.2]),
             "yaxis": {
                 "tickvals": list(range(len(drawn))),
                 "ticktext": [label(clipped(name, 22)) for name in drawn],
@@ -74,6 +69,20 @@ def by_output(run: RunHistory) -> Section:
 
 def _outputs(reports: Iterable[ExportReport]) -> Iterable[tuple[dict[str, int], OutputError]]:
     return ((check.sizes, one) for each in reports for check in each.checks for one in check.outputs)
+
+
+def _parts(drawn: Sequence[float]) -> dict[str, Any]:
+    """Return an axis for parts of a budget, with as many ticks as can be read."""
+    low, high = math.log10(min(drawn)), math.log10(max(drawn))
+    steps = (1, 2, 5) if high - low < 2 else (1,)  # noqa: PLR2004
+    ticks = [step * 10.0**decade for decade in _DECADES for step in steps]
+    return axis(
+        "part of the budget",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick * 100:g} %" for tick in ticks],
+        range=[low - 0.15, high + 0.15],
+    )
 
 
 def _drawn(output: OutputError) -> float:
@@ -156,24 +165,36 @@ def _output_table(
 
 def by_size(run: RunHistory) -> Section:
     """Draw the error of one model over each symbolic size."""
-    shown = run.with_most("checks")
-    dims = dict.fromkeys(dim for each in (shown.checks if shown else ()) for dim in each.sizes)
-    if shown is None or not dims:
+    candidates = [each for each in (run.shown, *reversed(run.proven)) if each is not None]
+    shown = max(candidates, key=lambda each: sum(map(len, _sizes(each).values())), default=None)
+    sizes = _sizes(shown) if shown else {}
+    varied = [dim for dim, found in sizes.items() if len(found) > 1]
+    if shown is None or not varied:
         return Section(
             name="sizes",
             title="Errors at other sizes",
-            missing="No run at any symbolic size: no axis is dynamic, or no model was run.",
+            missing="no run at several sizes: no axis is dynamic, or no model was run.",
         )
-    figures = tuple(
-        _size_figure(shown, dim, number) for number, dim in enumerate(list(dims)[:_MOST_DIMS])
-    )
+    fixed = [f"{clipped(dim, 40)} {min(sizes[dim])}" for dim in sizes if dim not in varied]
+    also = f" All at {', '.join(fixed)}." if fixed else ""
     return Section(
         name="sizes",
         title="Errors at other sizes",
-        lead=f"The proof of {name_of(shown)}: every dynamic axis was run at several sizes. A line is "
-        "an output, a dot its largest error at a size.",
-        figures=figures,
+        lead=f"The proof of {name_of(shown)}, which ran dynamic axes at several sizes. A line is an "
+        f"output, a dot its largest error at a size.{also}",
+        figures=tuple(
+            _size_figure(shown, dim, number) for number, dim in enumerate(varied[:_MOST_DIMS])
+        ),
     )
+
+
+def _sizes(report: ExportReport) -> dict[str, set[int]]:
+    """Return at which sizes each symbolic dimension was run."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for check in report.checks:
+        for dim, size in check.sizes.items():
+            found[dim].add(size)
+    return found
 
 
 def _size_figure(report: ExportReport, dim: str, number: int) -> Figure:
@@ -204,7 +225,7 @@ def _size_figure(report: ExportReport, dim: str, number: int) -> Figure:
         data=traces,
         layout={
             "xaxis": axis(clipped(dim, 40), type="log", tickvals=sizes_run[:24], ticktext=[str(s) for s in sizes_run[:24]]),
-            "yaxis": axis("part of the budget", **_PARTS),
+            "yaxis": _parts([value for at in found.values() for value in at.values()]),
             "showlegend": len(traces) > 1,
         },
         table=Table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from onnxport.page.modules import INPUT, OUTSIDE, Box
@@ -49,13 +49,19 @@ class BoxView:
     is_open: bool = False
 
 
-def view_of(root: Box) -> BoxView:
+def view_of(root: Box, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> BoxView:
     """Return the picture of a graph.
 
     Args:
         root: The module that was exported, see :func:`~onnxport.page.modules.boxes_of`.
+        inputs: What goes in, in words.
+        outputs: What comes out.
     """
-    return _Viewer(max(1, root.bytes)).view(root, "", depth=0)
+    view = _Viewer(max(1, root.bytes)).view(root, "", depth=0)
+    first = BoxView(title=f"in: {', '.join(inputs)}", is_module=False)
+    last = BoxView(title=f"out: {', '.join(outputs)}", is_module=False)
+    children = (*((first,) if inputs else ()), *view.children, *((last,) if outputs else ()))
+    return replace(view, children=children)
 
 
 class _Viewer:
@@ -65,13 +71,22 @@ class _Viewer:
         self._whole = whole
         self._left = _MOST_BOXES
 
-    def view(self, box: Box, around: str, *, count: int = 1, takes: str = "", depth: int) -> BoxView:
+    def view(
+        self,
+        box: Box,
+        around: str,
+        *,
+        depth: int,
+        count: int = 1,
+        takes: str = "",
+        title: str = "",
+    ) -> BoxView:
         self._left -= 1
         inner = box.children
         leaf = not inner or (len(inner) == 1 and not inner[0].is_module)
         children = () if leaf else tuple(self._inner(box, depth))
         return BoxView(
-            title=_title(box, around) if box.is_module else _operators(box),
+            title=title or (_title(box, around) if box.is_module else _operators(box)),
             kind=clipped(box.kind, 60),
             count=count,
             text=_amount(box, count),
@@ -89,8 +104,13 @@ class _Viewer:
                 yield BoxView(title="…", text="and more than can be looked at", is_module=False)
                 return
             child = box.children[first]
+            title = _title(child, box.name) if child.is_module else ""
+            if count > 1:
+                title = f"{title} … {_title(box.children[first + count - 1], box.name)}"
             takes = _takes(box, first)
-            yield self.view(child, box.name, count=count, takes=takes, depth=depth + 1)
+            yield self.view(
+                child, box.name, depth=depth + 1, count=count, takes=takes, title=title
+            )
 
 
 def _stacks(boxes: Sequence[Box]) -> Iterator[tuple[int, int]]:
@@ -128,7 +148,7 @@ def _amount(box: Box, count: int) -> str:
     if box.parameters:
         texts.append(counted(box.parameters * count, "parameter"))
         texts.append(size_text(box.bytes * count))
-    return " · ".join(texts)
+    return " · ".join(text.replace(" ", "\u00a0") for text in texts)
 
 
 def _takes(box: Box, at: int) -> str:

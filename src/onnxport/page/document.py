@@ -15,7 +15,7 @@ from onnxport.errors import OnnxportError, PublishError
 from onnxport.page import accuracy, origin, overview, providers, speed, troubles, variants
 from onnxport.page.boxes import view_of
 from onnxport.page.parts import Cell, Section
-from onnxport.page.wording import counted, name_of, when_text
+from onnxport.page.wording import counted, name_of, spec_text, when_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -130,13 +130,15 @@ def _of_model(run: RunHistory) -> tuple[dict[str, str], Section]:
         root = boxes_of(read_model(run.model))
     except (OnnxportError, OSError) as error:
         return {}, Section(name=name, title=title, missing=f"it cannot be read: {error}")
-    shown = next((name_of(each) for each in run.proven if _is_of(run, each)), run.model.stem)
+    report = next((each for each in run.proven if _is_of(run, each)), None)
+    specs = (report.inputs, report.outputs) if report else ((), ())
+    view = view_of(root, *([spec_text(each) for each in some] for some in specs))
     lead = (
-        f"Of {shown}: {counted(root.operators.total(), 'operator')} and "
+        f"Of {name_of(report) if report else run.model.stem}: {counted(root.operators.total(), 'operator')} and "
         f"{counted(root.parameters, 'parameter')}, sorted by the modules that they were made of, in "
         "the order in which they run. Open a box to look into it."
     )
-    return read_metadata(run.model), Section(name=name, title=title, lead=lead, boxes=view_of(root))
+    return read_metadata(run.model), Section(name=name, title=title, lead=lead, boxes=view)
 
 
 def _is_of(run: RunHistory, report: Any) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from onnxport.page.parts import Fact, Section, Table
-from onnxport.page.wording import NOTHING, clipped, name_of, size_text
+from onnxport.page.wording import NOTHING, clipped, name_of, shape_text, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from onnxport.page.run import RunHistory
     from onnxport.report import ExportReport, TrackingRecord
@@ -33,10 +33,10 @@ def interface(run: RunHistory) -> Section:
     kinds = [("input", each) for each in shown.inputs] + [("output", each) for each in shown.outputs]
     tables = [
         Table(
-            caption="Inputs and outputs",
+            caption="Names, types and shapes",
             columns=("name", "is", "dtype", "shape"),
             rows=tuple(
-                (clipped(each.name, 80), kind, clipped(each.dtype, 40), _shape(each.shape))
+                (clipped(each.name, 80), kind, clipped(each.dtype, 40), shape_text(each.shape))
                 for kind, each in kinds
             ),
             words=frozenset({1, 2, 3}),
@@ -58,10 +58,6 @@ def interface(run: RunHistory) -> Section:
         )
     of = f"Of {name_of(shown)}." if shown.ok else f"As they were seen before {name_of(shown)} failed."
     return Section(name="interface", title="Inputs and outputs", lead=of, tables=tuple(tables))
-
-
-def _shape(shape: Iterable[int | str]) -> str:
-    return clipped(f"[{', '.join(map(str, shape))}]", 200)
 
 
 def origin(run: RunHistory, metadata: Mapping[str, str]) -> Section:

@@ -43,8 +43,8 @@ def head(run: RunHistory) -> tuple[Fact, ...]:
         Fact(
             name="Proven models",
             text=f"{len(run.proven):,} of {len(run.reports):,}",
-            more=f"{counted(len(run.failed), 'failure')}",
-            mark="bad" if run.failed else "ok",
+            more=counted(len(run.failed), "failure") if run.failed else "no failure",
+            mark="some" if run.failed else "ok",
         ),
         _leader(run),
         Fact(
@@ -155,14 +155,14 @@ def _leaders(run: RunHistory, steps: list[int]) -> list[dict[str, Any]]:
     name = next(iter(run.metrics), "")
     leaders = (
         (run.champion, "champion", "star", 17),
-        (run.best, f"best {name}", "circle-open", 15),
+        (run.best, f"best {name}", "circle-open", 19),
     )
     traces = []
     for report, role, symbol, size in leaders:
         if report is None or name not in report.metrics:
             continue
         at = next(i for i, each in enumerate(run.reports) if each is report)
-        marker = {"symbol": symbol, "size": size, "color": "--gold", "line": {"width": 2}}
+        marker = {"symbol": symbol, "size": size, "color": "--gold", "line": {"width": 1, "color": "--panel"}}
         traces.append(
             {
                 "name": label(role),
@@ -229,7 +229,7 @@ def checkpoints(run: RunHistory) -> Table:
         caption="All checkpoints: who leads, then the newest first",
         columns=(
             *("checkpoint", "step", "model", *(clipped(name, 30) for name in metrics)),
-            *("largest error", "of budget", "size", "took", "made", "on disk"),
+            *("largest error", "of budget", "size", "took", "at (UTC)"),
         ),
         rows=tuple(
             _row(run, event.report, event.time, metrics) for event in order[:_MOST_ROWS]
@@ -242,8 +242,10 @@ def _row(
     run: RunHistory, report: ExportReport, time: float | None, metrics: tuple[str, ...]
 ) -> tuple[Cell | str, ...]:
     role = run.role_of(report)
-    kept = run.is_kept(report) if report.ok else False
     size = run.size_of(report)
+    held: Cell | str = NOTHING if size is None else size_text(size)
+    if report.ok and run.is_kept(report) is False:
+        held = Cell("removed", "faint")
     model = Cell(role, "best") if role else Cell("proven", "ok") if report.ok else Cell("none", "bad")
     return (
         name_of(report),
@@ -252,8 +254,7 @@ def _row(
         *(number_text(report.metrics.get(name)) for name in metrics),
         error_text(report.max_abs_error),
         part_text(worst_ratio(report)),
-        NOTHING if size is None else size_text(size),
+        held,
         duration_text(report.seconds.get("total", sum(report.seconds.values()) or None)),
-        when_text(time),
-        NOTHING if kept is None else Cell("yes") if kept else Cell("no", "faint"),
+        when_text(time).removesuffix(" UTC"),
     )

@@ -33,8 +33,10 @@ def providers(run: RunHistory) -> Section:
             title="Execution providers",
             missing="No model was run: see the failures for the reason.",
         )
-    of = f"Where the nodes of {name_of(placed)} run was asked of ONNX Runtime." if placed else (
-        "Where nodes run was not asked of ONNX Runtime."
+    of = (
+        f"ONNX Runtime was asked where it runs the nodes of {name_of(placed)}."
+        if placed
+        else "Where the nodes run was not asked: the report of a graph's first model has it."
     )
     tables = [_table({name: (checks.get(name, []), placements.get(name)) for name in names[:20]})]
     if any(each.elsewhere for each in placements.values()):

@@ -8,7 +8,10 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from onnxport.report import ExportReport
+    from onnxport.signature import TensorSpec
 
 __all__ = [
     "clipped",
@@ -18,8 +21,10 @@ __all__ = [
     "name_of",
     "number_text",
     "part_text",
+    "shape_text",
     "size_text",
     "sizes_text",
+    "spec_text",
     "when_text",
 ]
 
@@ -127,6 +132,21 @@ def sizes_text(sizes: dict[str, int]) -> str:
         'batch 2, sequence 17'
     """
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def shape_text(shape: Iterable[int | str]) -> str:
+    """Return a shape.
+
+    Example:
+        >>> shape_text(("batch", 3))
+        '[batch, 3]'
+    """
+    return clipped(f"[{', '.join(map(str, shape))}]", 200)
+
+
+def spec_text(spec: TensorSpec) -> str:
+    """Return an input or output with its type and shape."""
+    return f"{clipped(spec.name, 60)} {clipped(spec.dtype, 30)}{shape_text(spec.shape)}"
 
 
 def name_of(report: ExportReport) -> str:
