@@ -71,9 +71,14 @@ def trained(folder: Path, epochs: int) -> list[ExportReport]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)
-    train, val = TensorDataset(images[:1200], labels[:1200]), TensorDataset(images[1200:], labels[1200:])
+    train, val = (
+        TensorDataset(images[:1200], labels[:1200]),
+        TensorDataset(images[1200:], labels[1200:]),
+    )
     export = OnnxExport()
-    saves = ModelCheckpoint(folder, filename="{epoch:02d}", monitor="val_acc", mode="max", save_top_k=3)
+    saves = ModelCheckpoint(
+        folder, filename="{epoch:02d}", monitor="val_acc", mode="max", save_top_k=3
+    )
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -133,7 +138,9 @@ def _with_everything(report: ExportReport) -> ExportReport:
         for name, value in report.metrics.items()
         if name.startswith("val")
     ]
-    parity = MetricParity(provider=CPU, batches=3, calls=3, metrics=tuple(pairs), ok=True, seconds=0.4)
+    parity = MetricParity(
+        provider=CPU, batches=3, calls=3, metrics=tuple(pairs), ok=True, seconds=0.4
+    )
     placements = (
         Placement(provider=CPU, nodes={CPU: {"MatMul": 41, "Add": 38, "Softmax": 4}}),
         Placement(

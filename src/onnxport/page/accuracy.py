@@ -52,7 +52,17 @@ def by_output(run: RunHistory) -> Section:
                 "range": [-0.6, len(drawn) - 0.4],
                 "showgrid": False,
             },
-            "shapes": [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": _BUDGET}],
+            "shapes": [
+                {
+                    "type": "line",
+                    "x0": 1,
+                    "x1": 1,
+                    "y0": 0,
+                    "y1": 1,
+                    "yref": "paper",
+                    "line": _BUDGET,
+                }
+            ],
         },
         height=height,
         table=_output_table(worst, found, run.proven),
@@ -60,15 +70,17 @@ def by_output(run: RunHistory) -> Section:
     return Section(
         name="outputs",
         title="Errors within their budgets",
-        lead="PyTorch runs the same rows in float64; ONNX Runtime may be a small factor further from "
-        "that than PyTorch's own precision is. This is its budget. Boxes: half of all runs of all "
+        lead="PyTorch runs the same rows in float64, too; ONNX Runtime may be a small factor further "
+        "from that than PyTorch itself is. This is its budget. Boxes: half of all runs of all "
         "models. Dots: the runs of one model.",
         figures=(figure,),
     )
 
 
 def _outputs(reports: Iterable[ExportReport]) -> Iterable[tuple[dict[str, int], OutputError]]:
-    return ((check.sizes, one) for each in reports for check in each.checks for one in check.outputs)
+    return (
+        (check.sizes, one) for each in reports for check in each.checks for one in check.outputs
+    )
 
 
 def _parts(drawn: Sequence[float]) -> dict[str, Any]:
@@ -180,8 +192,8 @@ def by_size(run: RunHistory) -> Section:
     return Section(
         name="sizes",
         title="Errors at other sizes",
-        lead=f"The proof of {name_of(shown)}, which ran dynamic axes at several sizes. A line is an "
-        f"output, a dot its largest error at a size.{also}",
+        lead=f"The proof of {name_of(shown)}, which ran dynamic axes at several sizes. A line is "
+        f"an output, a dot its largest error at a size.{also}",
         figures=tuple(
             _size_figure(shown, dim, number) for number, dim in enumerate(varied[:_MOST_DIMS])
         ),
@@ -224,7 +236,12 @@ def _size_figure(report: ExportReport, dim: str, number: int) -> Figure:
         f"{sizes_run[-1]}; at most {part_text(_shown(top))} of a budget is used.",
         data=traces,
         layout={
-            "xaxis": axis(clipped(dim, 40), type="log", tickvals=sizes_run[:24], ticktext=[str(s) for s in sizes_run[:24]]),
+            "xaxis": axis(
+                clipped(dim, 40),
+                type="log",
+                tickvals=sizes_run[:24],
+                ticktext=[str(s) for s in sizes_run[:24]],
+            ),
             "yaxis": _parts([value for at in found.values() for value in at.values()]),
             "showlegend": len(traces) > 1,
         },
@@ -251,16 +268,18 @@ def parity(run: RunHistory) -> Section:
         return Section(
             name="parity",
             title="Validation with the ONNX model",
-            missing="not measured; OnnxExport(metrics=True) runs the module's own validation twice, "
+            missing="not measured; OnnxExport(metrics=True) runs the module's own validation "
             "with PyTorch and with the model.",
         )
-    verdict = "No metric is worse than allowed." if found.ok else f"Worse than allowed: {found.reason}"
+    verdict = (
+        "No metric is worse than allowed." if found.ok else f"Worse than allowed: {found.reason}"
+    )
     return Section(
         name="parity",
         title="Validation with the ONNX model",
         lead=f"The module's own validation of {name_of(shown)} on "
-        f"{counted(found.batches, 'batch').replace('batchs', 'batches')}, with PyTorch and with the "
-        f"model in {found.provider}, which was run {counted(found.calls, 'time')}. {verdict}",
+        f"{counted(found.batches, 'batch', 'batches')}, with PyTorch and with "
+        f"the model in {found.provider}, which was run {counted(found.calls, 'time')}. {verdict}",
         tables=(
             Table(
                 caption="Metrics with PyTorch and with ONNX",

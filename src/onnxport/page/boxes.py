@@ -92,7 +92,7 @@ class _Viewer:
             text=_amount(box, count),
             operators=_operators(box) if leaf and box.is_module else "",
             takes=takes,
-            part=min(1.0, box.bytes * count / self._whole),
+            part=min(1.0, box.bytes * count / self._whole) if depth else 0.0,
             children=children,
             is_module=box.is_module,
             is_open=depth == 0 or (depth == 1 and len(children) <= _OPEN_TO),
@@ -108,9 +108,7 @@ class _Viewer:
             if count > 1:
                 title = f"{title} … {_title(box.children[first + count - 1], box.name)}"
             takes = _takes(box, first)
-            yield self.view(
-                child, box.name, depth=depth + 1, count=count, takes=takes, title=title
-            )
+            yield self.view(child, box.name, depth=depth + 1, count=count, takes=takes, title=title)
 
 
 def _stacks(boxes: Sequence[Box]) -> Iterator[tuple[int, int]]:

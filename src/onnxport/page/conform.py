@@ -56,7 +56,7 @@ def _check_of(kind: Any) -> Check:
     return _plain(kind)
 
 
-def _plain(kind: Any) -> Check:
+def _plain(kind: type[Any] | None) -> Check:
     if kind in {None, NoneType}:
         return lambda value: value is None
     if kind is int:

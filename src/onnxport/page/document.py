@@ -18,7 +18,6 @@ from onnxport.page.parts import Cell, Section
 from onnxport.page.wording import counted, name_of, spec_text, when_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from jinja2 import Environment
@@ -134,9 +133,10 @@ def _of_model(run: RunHistory) -> tuple[dict[str, str], Section]:
     specs = (report.inputs, report.outputs) if report else ((), ())
     view = view_of(root, *([spec_text(each) for each in some] for some in specs))
     lead = (
-        f"Of {name_of(report) if report else run.model.stem}: {counted(root.operators.total(), 'operator')} and "
-        f"{counted(root.parameters, 'parameter')}, sorted by the modules that they were made of, in "
-        "the order in which they run. Open a box to look into it."
+        f"Of {name_of(report) if report else run.model.stem}: "
+        f"{counted(root.operators.total(), 'operator')} and "
+        f"{counted(root.parameters, 'parameter')}, sorted by the modules that they were made of, "
+        "in the order in which they run. Open a box to look into it."
     )
     return read_metadata(run.model), Section(name=name, title=title, lead=lead, boxes=view)
 
@@ -147,12 +147,12 @@ def _is_of(run: RunHistory, report: Any) -> bool:
 
 def _verdict(run: RunHistory) -> str:
     if not run.failed:
-        return f"All {counted(len(run.reports), 'checkpoint')} have a proven model." if len(
-            run.reports
-        ) > 1 else "The checkpoint has a proven model."
-    return (
-        f"{len(run.proven):,} of {counted(len(run.reports), 'checkpoint')} have a proven model."
-    )
+        return (
+            f"All {counted(len(run.reports), 'checkpoint')} have a proven model."
+            if len(run.reports) > 1
+            else "The checkpoint has a proven model."
+        )
+    return f"{len(run.proven):,} of {counted(len(run.reports), 'checkpoint')} have a proven model."
 
 
 def _period(run: RunHistory) -> str:

@@ -113,9 +113,7 @@ def _place(root: Box, scope: Scope) -> tuple[tuple[int, ...], list[Box]]:
     return tuple(way), around
 
 
-def _connect(
-    around: list[Box], way: tuple[int, ...], sources: Iterable[tuple[int, ...]]
-) -> None:
+def _connect(around: list[Box], way: tuple[int, ...], sources: Iterable[tuple[int, ...]]) -> None:
     """Note on the boxes that two ways do not share where their value comes from."""
     for source in sources:
         for depth, (ours, theirs) in enumerate(zip(way, source, strict=False)):

@@ -30,7 +30,9 @@ def interface(run: RunHistory) -> Section:
         return Section(
             name="interface", title="Inputs and outputs", missing="No checkpoint got that far."
         )
-    kinds = [("input", each) for each in shown.inputs] + [("output", each) for each in shown.outputs]
+    kinds = [("input", each) for each in shown.inputs] + [
+        ("output", each) for each in shown.outputs
+    ]
     tables = [
         Table(
             caption="Names, types and shapes",
@@ -56,7 +58,11 @@ def interface(run: RunHistory) -> Section:
                 at_once=40,
             )
         )
-    of = f"Of {name_of(shown)}." if shown.ok else f"As they were seen before {name_of(shown)} failed."
+    of = (
+        f"Of {name_of(shown)}."
+        if shown.ok
+        else f"As they were seen before {name_of(shown)} failed."
+    )
     return Section(name="interface", title="Inputs and outputs", lead=of, tables=tuple(tables))
 
 
@@ -106,7 +112,9 @@ def _versions(metadata: Mapping[str, str]) -> list[Fact]:
 def _of_server(record: TrackingRecord | None) -> list[Fact]:
     if record is None:
         return []
-    version = f"{record.registered_name}, version {record.version}" if record.registered_name else ""
+    version = (
+        f"{record.registered_name}, version {record.version}" if record.registered_name else ""
+    )
     return [
         Fact(name="tracking server", text=clipped(record.uri, 200)),
         Fact(name="run", text=clipped(record.run_id or "", 80)),

@@ -154,15 +154,20 @@ def _leaders(run: RunHistory, steps: list[int]) -> list[dict[str, Any]]:
     """Mark the champion and the best on the line of the first metric."""
     name = next(iter(run.metrics), "")
     leaders = (
-        (run.champion, "champion", "star", 17),
-        (run.best, f"best {name}", "circle-open", 19),
+        (run.champion, "champion", "star", 13),
+        (run.best, f"best {name}", "circle-open", 17),
     )
     traces = []
     for report, role, symbol, size in leaders:
         if report is None or name not in report.metrics:
             continue
         at = next(i for i, each in enumerate(run.reports) if each is report)
-        marker = {"symbol": symbol, "size": size, "color": "--gold", "line": {"width": 1, "color": "--panel"}}
+        marker = {
+            "symbol": symbol,
+            "size": size,
+            "color": "--gold",
+            "line": {"width": 1, "color": "--panel"},
+        }
         traces.append(
             {
                 "name": label(role),
@@ -180,7 +185,11 @@ def _error_traces(run: RunHistory, steps: list[int]) -> list[dict[str, Any]]:
     errors = [_drawn(each.max_abs_error) for each in run.reports]
     budgets = [_drawn(_budget(each)) for each in run.reports]
     top = max((value for value in (*budgets, *errors) if value is not None), default=1.0)
-    common: dict[str, Any] = {"x": steps, "yaxis": "y2", "text": [label(name_of(each)) for each in run.reports]}
+    common: dict[str, Any] = {
+        "x": steps,
+        "yaxis": "y2",
+        "text": [label(name_of(each)) for each in run.reports],
+    }
     proven = [error if each.ok else None for each, error in zip(run.reports, errors, strict=True)]
     failed = [None if each.ok else e or top for each, e in zip(run.reports, errors, strict=True)]
     traces = [
@@ -202,7 +211,9 @@ def _error_traces(run: RunHistory, steps: list[int]) -> list[dict[str, Any]]:
     ]
     if run.failed:
         marker = {"symbol": "x", "size": 10, "color": "--bad"}
-        traces.append(common | {"name": "no model", "y": failed, "mode": "markers", "marker": marker})
+        traces.append(
+            common | {"name": "no model", "y": failed, "mode": "markers", "marker": marker}
+        )
     return traces
 
 
@@ -222,8 +233,9 @@ def checkpoints(run: RunHistory) -> Table:
     """List all checkpoints: who leads, then the newest first."""
     metrics = run.metrics[:_METRICS_IN_TABLE]
     leading = [each for each in (run.champion, run.best) if each is not None]
+    newest_first = run.events[::-1]
     order = sorted(
-        reversed(run.events), key=lambda event: all(event.report is not each for each in leading)
+        newest_first, key=lambda event: all(event.report is not each for each in leading)
     )
     return Table(
         caption="All checkpoints: who leads, then the newest first",
@@ -231,9 +243,7 @@ def checkpoints(run: RunHistory) -> Table:
             *("checkpoint", "step", "model", *(clipped(name, 30) for name in metrics)),
             *("largest error", "of budget", "size", "took", "at (UTC)"),
         ),
-        rows=tuple(
-            _row(run, event.report, event.time, metrics) for event in order[:_MOST_ROWS]
-        ),
+        rows=tuple(_row(run, event.report, event.time, metrics) for event in order[:_MOST_ROWS]),
         words=frozenset({2}),
     )
 
@@ -246,7 +256,9 @@ def _row(
     held: Cell | str = NOTHING if size is None else size_text(size)
     if report.ok and run.is_kept(report) is False:
         held = Cell("removed", "faint")
-    model = Cell(role, "best") if role else Cell("proven", "ok") if report.ok else Cell("none", "bad")
+    model = (
+        Cell(role, "best") if role else Cell("proven", "ok") if report.ok else Cell("none", "bad")
+    )
     return (
         name_of(report),
         NOTHING if report.global_step is None else f"{report.global_step:,}",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Fact", "Figure", "Note", "Section", "Table", "axis", "label", "line"]
 
-Mark = Literal["", "ok", "bad", "best", "faint"]
+Mark = Literal["", "ok", "bad", "best", "some", "faint"]
 SERIES = 6
 """So many colours there are; further series begin again, with another dash."""
 _DASHES = ("solid", "dash", "dot", "dashdot")

@@ -41,15 +41,21 @@ def providers(run: RunHistory) -> Section:
     tables = [_table({name: (checks.get(name, []), placements.get(name)) for name in names[:20]})]
     if any(each.elsewhere for each in placements.values()):
         tables.append(_elsewhere(placements))
-    return Section(
-        name="providers", title="Execution providers", lead=of, tables=tuple(tables)
-    )
+    return Section(name="providers", title="Execution providers", lead=of, tables=tuple(tables))
 
 
 def _table(found: dict[str, tuple[list[Check], Placement | None]]) -> Table:
     return Table(
         caption="Runs of each execution provider, over all checkpoints",
-        columns=("provider", "runs", "agreed", "largest part of a budget", "time of all", "nodes there", "nodes elsewhere"),
+        columns=(
+            "provider",
+            "runs",
+            "agreed",
+            "largest part of a budget",
+            "time of all",
+            "nodes there",
+            "nodes elsewhere",
+        ),
         rows=tuple(_row(name, checks, placed) for name, (checks, placed) in found.items()),
     )
 
@@ -81,7 +87,14 @@ def _elsewhere(placements: dict[str, Placement]) -> Table:
                 for provider, operators in placed.nodes.items()
                 if provider != name and operator in operators
             ]
-            rows.append((clipped(operator, 80), clipped(name, 60), f"{count:,}", clipped(", ".join(where), 120)))
+            rows.append(
+                (
+                    clipped(operator, 80),
+                    clipped(name, 60),
+                    f"{count:,}",
+                    clipped(", ".join(where), 120),
+                )
+            )
     return Table(
         caption="Operators that a provider left to others: each is a copy there and back",
         columns=("operator", "asked for", "nodes", "run by"),

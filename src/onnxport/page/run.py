@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from onnxport.page.history import Event
-    from onnxport.report import ExportReport, OutputError
+    from onnxport.report import ExportReport, OutputError, Variant
 
 __all__ = ["RunHistory", "ratio_of", "worst_ratio"]
 
@@ -134,8 +134,8 @@ class RunHistory:
         }
 
 
-def worst_ratio(report: ExportReport) -> float | None:
-    """Return the largest part of its budget that any output uses in any check."""
+def worst_ratio(report: ExportReport | Variant) -> float | None:
+    """Return the largest part of its budget that any output uses in any check of a model."""
     ratios = (ratio_of(output) for check in report.checks for output in check.outputs)
     return max(ratios, default=None)
 

@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from onnxport.page.parts import Cell, Figure, Section, Table, axis, label, line
-from onnxport.page.wording import NOTHING, clipped, counted, duration_text, name_of, number_text
+from onnxport.page.wording import clipped, duration_text, name_of, number_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ def latency(run: RunHistory) -> Section:
     return Section(
         name="latency",
         title="Speed",
-        lead=f"Runs of {name_of(shown)} and of PyTorch, in turns, after a warm-up. Lines are medians "
-        "(p50); bars reach to what one run in twenty exceeds (p95).",
+        lead=f"Runs of {name_of(shown)} and of PyTorch, in turns, after a warm-up. Lines are "
+        "medians (p50); bars reach to what one run in twenty exceeds (p95).",
         figures=(_latency_figure(drawn), _throughput_figure(drawn)),
     )
 
@@ -129,8 +129,8 @@ def _throughput_figure(ways: dict[str, list[Latency]]) -> Figure:
     return Figure(
         name="chart-throughput",
         title="Rows in a second",
-        summary=f"Most rows in a second: {_rate(best.throughput)}, with {_short(best.name)} at batch "
-        f"{best.batch}.",
+        summary=f"Most rows in a second: {_rate(best.throughput)}, with {_short(best.name)} at "
+        f"batch {best.batch}.",
         data=traces,
         layout={"xaxis": _batch_axis(ways), "yaxis": axis("rows/s", type="log", dtick=1)},
     )
@@ -202,7 +202,9 @@ def _stage_traces(names: Sequence[str], drawn: Sequence[ExportReport]) -> list[d
     waiting = [_waiting(report, names) for report in drawn]
     if any(waiting):
         marker = {"color": "--grid"}
-        traces.append({"type": "bar", "name": "waiting", "x": places, "y": waiting, "marker": marker})
+        traces.append(
+            {"type": "bar", "name": "waiting", "x": places, "y": waiting, "marker": marker}
+        )
     return traces
 
 

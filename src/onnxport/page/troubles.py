@@ -20,19 +20,19 @@ ADVICE = {
     "OX100": "Correct the argument; help(OnnxExport) has every option and its default.",
     "OX110": "Install what the message names: pip install 'onnxport[all]' has everything.",
     "OX120": "Keep a model and its .data file together, as they were written.",
-    "OX200": "Give OnnxExport(inputs=Inputs(example=...)), set example_input_array in the module, or "
-    'name what is called with target="...".',
+    "OX200": "Give OnnxExport(inputs=Inputs(example=...)), set example_input_array in the module, "
+    'or name what is called with target="...".',
     "OX300": "Read the reasons below from the first on: each names the operator or the statement, "
     'and the line of your own code. preflight="raise" ends training in the first minute instead.',
     "OX400": "Look at the run that failed: its sizes, its provider, its rows. "
     "Verify(tolerance=Tolerance(...)) widens the budget, if you know why.",
     "OX500": "Free space, or give another folder with dirpath=. The next fit makes the model, or "
     "onnxport resume FOLDER.",
-    "OX600": "Background(memory_gb=, stage_timeout_s=, drain_s=) say how much the worker may use. The "
-    "next fit makes the model, or onnxport resume FOLDER.",
+    "OX600": "Background(memory_gb=, stage_timeout_s=, drain_s=) say how much the worker may use. "
+    "The next fit makes the model, or onnxport resume FOLDER.",
     "OX700": "Once the server is well: onnxport sync FOLDER, or the next fit.",
-    "OX900": "If your code is in the traceback, it was run in eval mode with the checkpoint's weights. "
-    "If not, please report it with the log.",
+    "OX900": "If your code is in the traceback, it was run in eval mode with the checkpoint's "
+    "weights. If not, please report it with the log.",
 }
 """Code of an error -> the way out, in a sentence or two; docs/errors has a page for each."""
 _MOST_NOTES, _MOST_NAMES, _MOST_ATTEMPTS = 50, 6, 30
@@ -53,15 +53,15 @@ def failures(run: RunHistory) -> Section:
             text=clipped(error),
             advice=ADVICE.get(code, ""),
             where=_where(reports),
-            attempts=_attempts(reports[0].attempts, "What was tried") if reports[0].attempts else None,
+            attempts=_attempts(reports[0].attempts, "What was tried")
+            if reports[0].attempts
+            else None,
             mark="bad",
         )
         for (code, error), reports in list(groups.items())[:_MOST_NOTES]
     ]
     lead = f"{counted(len(run.failed), 'checkpoint')} without a model." if groups else ""
-    return Section(
-        name="failures", title="Failures", lead=lead, notes=(*notes, *_not_told(untold))
-    )
+    return Section(name="failures", title="Failures", lead=lead, notes=(*notes, *_not_told(untold)))
 
 
 def _not_told(untold: Sequence[ExportReport]) -> tuple[Note, ...]:
@@ -94,7 +94,9 @@ def warnings(run: RunHistory) -> Section:
     if not groups:
         return Section(name="warnings", title="Warnings", missing="none.")
     notes = [
-        Note(title=f"At {counted(len(found), 'checkpoint')}", text=clipped(text), where=_where(found))
+        Note(
+            title=f"At {counted(len(found), 'checkpoint')}", text=clipped(text), where=_where(found)
+        )
         for text, found in list(groups.items())[:_MOST_NOTES]
     ]
     return Section(name="warnings", title="Warnings", notes=tuple(notes))

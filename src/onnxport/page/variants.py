@@ -33,14 +33,16 @@ def variants(run: RunHistory) -> Section:
         return Section(
             name="variants",
             title="Variants",
-            missing="none were made; OnnxExport(variants=...) makes smaller and faster children of a "
-            "model.",
+            missing="none were made; OnnxExport(variants=...) makes smaller and faster ones.",
         )
     own = run.size_of(shown)
     sizes = [own, *(each.bytes for each in shown.variants)]
     most = max((size for size in sizes if size is not None), default=1) or 1
     batch = _common_batch([shown.latencies, *(each.latencies for each in shown.variants)])
-    times = [_time_at(shown.latencies, batch), *(_time_at(v.latencies, batch) for v in shown.variants)]
+    times = [
+        _time_at(shown.latencies, batch),
+        *(_time_at(v.latencies, batch) for v in shown.variants),
+    ]
     slowest = max((time for time in times if time is not None), default=0.0)
     rows = [_row("the model itself", shown, own, most, times[0], slowest)]
     rows += [
@@ -53,7 +55,7 @@ def variants(run: RunHistory) -> Section:
     return Section(
         name="variants",
         title="Variants",
-        lead=f"{made} of {counted(len(shown.variants), 'child').replace('childs', 'children')} of "
+        lead=f"{made} of {counted(len(shown.variants), 'child', 'children')} of "
         f"{name_of(shown)} proven, each against the same references, with a budget of its own.",
         tables=(
             Table(
@@ -67,7 +69,7 @@ def variants(run: RunHistory) -> Section:
     )
 
 
-def _row(  # noqa: PLR0913, PLR0917 - the columns of a row
+def _row(
     name: str,
     one: ExportReport | Variant,
     size: int | None,
@@ -111,8 +113,6 @@ def _common_batch(measured: Sequence[Sequence[Latency]]) -> int | None:
 def _time_at(latencies: Sequence[Latency], batch: int | None) -> float | None:
     """Return the best median of a model in ONNX Runtime; PyTorch's own ways are no variants."""
     times = [
-        one.p50
-        for one in latencies
-        if one.batch == batch and one.name not in {"eager", "compiled"}
+        one.p50 for one in latencies if one.batch == batch and one.name not in {"eager", "compiled"}
     ]
     return min(times, default=None)

@@ -114,14 +114,14 @@ def when_text(seconds: float | None) -> str:
         return NOTHING
 
 
-def counted(count: int, what: str) -> str:
+def counted(count: int, one: str, many: str = "") -> str:
     """Return how many there are of something.
 
     Example:
-        >>> counted(1, "checkpoint"), counted(2000, "run")
-        ('1 checkpoint', '2,000 runs')
+        >>> counted(1, "checkpoint"), counted(2000, "run"), counted(3, "child", "children")
+        ('1 checkpoint', '2,000 runs', '3 children')
     """
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def sizes_text(sizes: dict[str, int]) -> str:

@@ -45,7 +45,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: narrow.matches ? 11 : 12, color: "--ink-2" },
       hoverlabel: { bgcolor: "--panel", bordercolor: "--line", font: { color: "--ink" } },
-      legend: { itemsizing: "constant", orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: "--ink-2" } },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: "--ink-2" } },
       margin: { l: 8, r: 12, t: 8, b: 8 },
       dragmode: false,
       ...layout,
