@@ -70,9 +70,9 @@ def by_output(run: RunHistory) -> Section:
     return Section(
         name="outputs",
         title="Errors within their budgets",
-        lead="PyTorch runs the same rows in float64, too; ONNX Runtime may be a small factor further "
-        "from that than PyTorch itself is. This is its budget. Boxes: half of all runs of all "
-        "models. Dots: the runs of one model.",
+        lead="PyTorch runs the same rows in float64, too; ONNX Runtime may be a small factor "
+        "further from that than PyTorch itself is. This is its budget. Boxes: half of all runs of "
+        "all models. Dots: the runs of one model.",
         figures=(figure,),
     )
 
