@@ -99,7 +99,7 @@ def photograph_page() -> None:
 
     with tempfile.TemporaryDirectory() as root, sync_playwright() as playwright:
         folder = Path(root) / "glyphs"
-        write_history(folder, measured(trained(folder, epochs=8)))
+        write_history(folder, measured(trained(folder, epochs=8, layers=4)))
         write_page(history_of(folder), folder / PAGE)
         program = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])

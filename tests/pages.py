@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Glyphs(pl.LightningModule):
     """Reads an image row by row: a transformer with two outputs, for images of any height."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(8, 48), nn.GELU(), nn.LayerNorm(48))
         layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.1, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4)
+        self.encoder = nn.TransformerEncoder(layer, layers)
         self.project = nn.Linear(48, 16)
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(48, 10))
 
@@ -49,7 +49,7 @@ class Glyphs(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def trained(folder: Path, epochs: int) -> list[ExportReport]:
+def trained(folder: Path, epochs: int, layers: int) -> list[ExportReport]:
     """Train on real images with the callback there; return its reports."""
     pl.seed_everything(0)
     digits = load_digits()
@@ -71,7 +71,7 @@ def trained(folder: Path, epochs: int) -> list[ExportReport]:
         enable_model_summary=False,
         callbacks=[export, saves],
     )
-    trainer.fit(Glyphs(), DataLoader(train, 64, shuffle=True), DataLoader(val, 200))
+    trainer.fit(Glyphs(layers), DataLoader(train, 64, shuffle=True), DataLoader(val, 200))
     return export.reports
 
 

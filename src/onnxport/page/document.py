@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 from onnxport._files import replace_content
 from onnxport._optional import optional_import
 from onnxport.errors import OnnxportError, PublishError
-from onnxport.page import accuracy, origin, overview, providers, speed, troubles, variants
+from onnxport.page import origin, troubles
+from onnxport.page.accuracy import by_output
 from onnxport.page.boxes import view_of
+from onnxport.page.head import head
+from onnxport.page.latency import latency
+from onnxport.page.parity import parity
 from onnxport.page.parts import Cell, Section
+from onnxport.page.providers import providers
+from onnxport.page.sizes import by_size
+from onnxport.page.stages import stages
+from onnxport.page.timeline import timeline
+from onnxport.page.variants import variants
 from onnxport.page.wording import counted, name_of, spec_text, when_text
 
 if TYPE_CHECKING:
@@ -59,7 +68,7 @@ def render(run: RunHistory) -> str:
         title=run.name or "a run",
         verdict=_verdict(run),
         period=_period(run),
-        facts=overview.head(run),
+        facts=head(run),
         sections=shown,
         missing=[section for section in sections if section.missing],
         style=_source(environment, "page.css"),
@@ -97,20 +106,20 @@ def sections_of(run: RunHistory) -> tuple[Section, ...]:
     """Return all that a page says, in order."""
     metadata, graph = _of_model(run)
     return (
-        overview.timeline(run),
+        timeline(run),
         troubles.failures(run),
-        accuracy.by_output(run),
-        accuracy.by_size(run),
-        accuracy.parity(run),
-        speed.latency(run),
-        variants.variants(run),
-        providers.providers(run),
+        by_output(run),
+        by_size(run),
+        parity(run),
+        latency(run),
+        variants(run),
+        providers(run),
         graph,
         origin.interface(run),
         origin.origin(run, metadata),
         troubles.attempts(run),
         troubles.warnings(run),
-        speed.stages(run),
+        stages(run),
     )
 
 

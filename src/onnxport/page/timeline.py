@@ -1,81 +1,29 @@
-"""The run at a glance: the head of the page, metrics and errors over training, all checkpoints."""
+"""Metrics and errors over training."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from onnxport.page.parts import Cell, Fact, Figure, Section, Table, axis, label, line
-from onnxport.page.run import RunHistory, worst_ratio
+from onnxport.page.checkpoints import checkpoints
+from onnxport.page.parts import Figure, Section, axis, label, line
 from onnxport.page.wording import (
-    NOTHING,
-    clipped,
     counted,
-    duration_text,
     error_text,
     name_of,
     number_text,
-    part_text,
-    size_text,
-    when_text,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from onnxport.page.run import RunHistory
     from onnxport.report import ExportReport
 
-__all__ = ["checkpoints", "head", "timeline"]
+__all__ = ["timeline"]
 
-_METRICS_DRAWN, _METRICS_IN_TABLE = 8, 4
-_MOST_ROWS = 2000
+_METRICS_DRAWN = 8
 _SAME_SCALE = 5.0
-
-
-def head(run: RunHistory) -> tuple[Fact, ...]:
-    """Say in a few numbers how a run went."""
-    ratios = (worst_ratio(report) for report in run.proven)
-    worst = max((ratio for ratio in ratios if ratio is not None), default=None)
-    checks = sum(len(report.checks) for report in run.reports)
-    totals = sorted(each.seconds["total"] for each in run.proven if "total" in each.seconds)
-    stalls = [each.seconds["stall"] for each in run.reports if "stall" in each.seconds]
-    facts = [
-        Fact(
-            name="Proven models",
-            text=f"{len(run.proven):,} of {len(run.reports):,}",
-            more=counted(len(run.failed), "failure") if run.failed else "no failure",
-            mark="some" if run.failed else "ok",
-        ),
-        _leader(run),
-        Fact(
-            name="Largest error",
-            text=part_text(worst),
-            more=f"of its budget, in {counted(checks, 'run')} of ONNX Runtime",
-        ),
-    ]
-    if totals:
-        stalled = f"training was held up for {duration_text(sum(stalls))} in all"
-        text = duration_text(totals[len(totals) // 2])
-        facts.append(
-            Fact(name="From checkpoint to model", text=text, more=stalled if stalls else "median")
-        )
-    return tuple(facts)
-
-
-def _leader(run: RunHistory) -> Fact:
-    shown = run.shown
-    if shown is None:
-        return Fact(name="Best model", text=NOTHING, more="no checkpoint has a model", mark="bad")
-    name = clipped(name_of(shown), 40)
-    if run.monitor and run.monitor[0] in shown.metrics:
-        name = f"{run.monitor[0]} {number_text(shown.metrics[run.monitor[0]])}"
-    if run.champion:
-        of = shown.tracking and shown.tracking.registered_name
-        version = shown.tracking and shown.tracking.version
-        return Fact(name="Champion", text=name, more=f"version {version} of {of}", mark="best")
-    if run.best:
-        return Fact(name="Best model", text=name, more=name_of(shown), mark="best")
-    return Fact(name="Last model", text=name, more="no metric is watched: the last one is shown")
 
 
 def timeline(run: RunHistory) -> Section:
@@ -227,46 +175,3 @@ def _budget(report: ExportReport) -> float | None:
     outputs = [output for check in report.checks for output in check.outputs]
     worst = max(outputs, key=lambda one: one.max_abs_error, default=None)
     return None if worst is None else worst.budget
-
-
-def checkpoints(run: RunHistory) -> Table:
-    """List all checkpoints: who leads, then the newest first."""
-    metrics = run.metrics[:_METRICS_IN_TABLE]
-    leading = [each for each in (run.champion, run.best) if each is not None]
-    newest_first = run.events[::-1]
-    order = sorted(
-        newest_first, key=lambda event: all(event.report is not each for each in leading)
-    )
-    return Table(
-        caption="All checkpoints: who leads, then the newest first",
-        columns=(
-            *("checkpoint", "step", "model", *(clipped(name, 30) for name in metrics)),
-            *("largest error", "of budget", "size", "took", "at (UTC)"),
-        ),
-        rows=tuple(_row(run, event.report, event.time, metrics) for event in order[:_MOST_ROWS]),
-        words=frozenset({2}),
-    )
-
-
-def _row(
-    run: RunHistory, report: ExportReport, time: float | None, metrics: tuple[str, ...]
-) -> tuple[Cell | str, ...]:
-    role = run.role_of(report)
-    size = run.size_of(report)
-    held: Cell | str = NOTHING if size is None else size_text(size)
-    if report.ok and run.is_kept(report) is False:
-        held = Cell("removed", "faint")
-    model = (
-        Cell(role, "best") if role else Cell("proven", "ok") if report.ok else Cell("none", "bad")
-    )
-    return (
-        name_of(report),
-        NOTHING if report.global_step is None else f"{report.global_step:,}",
-        model,
-        *(number_text(report.metrics.get(name)) for name in metrics),
-        error_text(report.max_abs_error),
-        part_text(worst_ratio(report)),
-        held,
-        duration_text(report.seconds.get("total", sum(report.seconds.values()) or None)),
-        when_text(time).removesuffix(" UTC"),
-    )

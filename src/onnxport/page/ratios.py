@@ -1,0 +1,54 @@
+"""Errors as parts of their budgets, on a logarithmic axis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from onnxport.page.parts import axis
+from onnxport.page.run import ratio_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from onnxport.report import ExportReport, OutputError
+
+__all__ = ["drawn_ratio", "outputs_of", "ratio_axis", "true_ratio"]
+
+_LEAST, _MOST = 1e-6, 1e3
+_DECADES = range(-6, 4)
+
+
+def outputs_of(reports: Iterable[ExportReport]) -> Iterable[tuple[dict[str, int], OutputError]]:
+    """Yield each comparison of an output, and the sizes at which it was made."""
+    return (
+        (check.sizes, one) for each in reports for check in each.checks for one in check.outputs
+    )
+
+
+def ratio_axis(drawn: Sequence[float]) -> dict[str, Any]:
+    """Return an axis for parts of a budget, with as many ticks as can be read.
+
+    Args:
+        drawn: What is drawn along it, see :func:`drawn_ratio`.
+    """
+    low, high = math.log10(min(drawn)), math.log10(max(drawn))
+    steps = (1, 2, 5) if high - low < 2 else (1,)  # noqa: PLR2004
+    ticks = [step * 10.0**decade for decade in _DECADES for step in steps]
+    return axis(
+        "part of the budget",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick * 100:g} %" for tick in ticks],
+        range=[low - 0.15, high + 0.15],
+    )
+
+
+def drawn_ratio(output: OutputError) -> float:
+    """Return a ratio that a logarithmic axis can show."""
+    return min(_MOST, max(_LEAST, ratio_of(output)))
+
+
+def true_ratio(drawn: float) -> float:
+    """Return a ratio in words' terms: nothing, or more than can be drawn, again."""
+    return 0.0 if drawn <= _LEAST else math.inf if drawn >= _MOST else drawn
