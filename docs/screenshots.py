@@ -97,6 +97,7 @@ def photograph_page() -> None:
     from onnxport.page.document import PAGE, write_page
     from onnxport.page.folder import history_of
 
+    os.environ["ONNXPORT_BACKGROUND"] = "0"  # a model for each checkpoint, before it is removed
     with tempfile.TemporaryDirectory() as root, sync_playwright() as playwright:
         folder = Path(root) / "glyphs"
         write_history(folder, measured(trained(folder, epochs=8, layers=4)))
@@ -127,9 +128,9 @@ def compress(image: Path) -> None:
 def main() -> None:
     """Take the pictures that were asked for."""
     IMAGES.mkdir(exist_ok=True)
-    photograph_page()
     if sys.argv[1:] != ["page"]:
         photograph_demo()
+    photograph_page()
 
 
 def photograph_demo() -> None:

@@ -137,6 +137,13 @@ def test_reports_beside_models_complete_a_history(tmp_path: Path) -> None:
     assert set(found.files or ()) == {"/runs/1.onnx", "/runs/2.onnx"}
 
 
+def test_checkpoints_are_in_the_order_of_training_not_of_their_reports(tmp_path: Path) -> None:
+    for step in (10, 30, 20):
+        append(tmp_path / HISTORY, at(step))
+    write_beside(tmp_path, at(15), "15.onnx")
+    assert [each.global_step for each in history_of(tmp_path).reports] == [10, 15, 20, 30]
+
+
 def test_the_newest_run_of_a_folder_is_shown(tmp_path: Path) -> None:
     for name, step, when in (("old", 1, 1000), ("new", 2, 2000)):
         (tmp_path / name).mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -94,21 +95,19 @@ def _merged(events: Iterable[Event], beside: Iterable[Event]) -> tuple[Event, ..
     """Put together a history and the reports beside models, in the order of training.
 
     The history knows more (how long training was held up), and less where a server was told by
-    another command since.
+    another command since. Its own order is that of the reports: a model that was owed comes late.
     """
     known = {event.key: event for event in latest(events)}
-    if not known:
-        return tuple(sorted(latest(beside), key=_when))
-    for event in sorted(beside, key=_when):
+    for event in beside:
         ours = known.get(event.key, event)
         tracking = ours.report.tracking or event.report.tracking
         known[event.key] = replace(ours, report=replace(ours.report, tracking=tracking))
-    return latest(known.values())
+    return tuple(sorted(latest(known.values()), key=_when))
 
 
-def _when(event: Event) -> tuple[int, float]:
+def _when(event: Event) -> tuple[float, float]:
     step = event.report.global_step
-    return (-1 if step is None else step, event.time or 0.0)
+    return (math.inf if step is None else step, event.time or 0.0)
 
 
 def _with_models(run: RunHistory, folder: Path, beside: list[Path]) -> RunHistory:

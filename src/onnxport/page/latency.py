@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from onnxport.page.parts import Figure, Section, Table, axis, label, line
+from onnxport.page.parts import Figure, Section, Table, axis, label, line, log_axis
 from onnxport.page.wording import clipped, duration_text, name_of, number_text
 
 if TYPE_CHECKING:
@@ -72,9 +72,21 @@ def _latency_figure(ways: dict[str, list[Latency]]) -> Figure:
         title="Time of a run",
         summary=_fastest_in_words(ways),
         data=traces,
-        layout={"xaxis": _batch_axis(ways), "yaxis": axis("ms", type="log", dtick=1)},
+        layout={
+            "xaxis": _batch_axis(ways),
+            "yaxis": log_axis("ms", _milliseconds(ways), lambda t: f"{t:g}"),
+        },
         table=_latency_table(ways),
     )
+
+
+def _milliseconds(ways: dict[str, list[Latency]]) -> list[float]:
+    """Return all that is drawn in a chart of times, the tips of its bars included."""
+    return [time * 1e3 for each in ways.values() for one in each for time in (one.p50, one.p95)]
+
+
+def _rates(ways: dict[str, list[Latency]]) -> list[float]:
+    return [one.throughput for each in ways.values() for one in each]
 
 
 def _fastest_in_words(ways: dict[str, list[Latency]]) -> str:
@@ -127,7 +139,7 @@ def _throughput_figure(ways: dict[str, list[Latency]]) -> Figure:
         summary=f"Most rows in a second: {_rate(best.throughput)}, with {_short(best.name)} at "
         f"batch {best.batch}.",
         data=traces,
-        layout={"xaxis": _batch_axis(ways), "yaxis": axis("rows/s", type="log", dtick=1)},
+        layout={"xaxis": _batch_axis(ways), "yaxis": log_axis("rows/s", _rates(ways), _rate)},
     )
 
 

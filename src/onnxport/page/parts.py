@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from onnxport.page.boxes import BoxView
 
-__all__ = ["Cell", "Fact", "Figure", "Note", "Section", "Table", "axis", "label", "line"]
+__all__ = [
+    "Cell",
+    "Fact",
+    "Figure",
+    "Note",
+    "Section",
+    "Table",
+    "axis",
+    "label",
+    "line",
+    "log_axis",
+]
 
 Mark = Literal["", "ok", "bad", "best", "some", "faint"]
 SERIES = 6
 """So many colours there are; further series begin again, with another dash."""
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _LONGEST_LABEL = 60
+_FEW_DECADES, _MOST_TICKS = 2, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +165,26 @@ def line(number: int) -> dict[str, Any]:
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """Return an axis with a title."""
     return {"title": {"text": label(title)}, **more}
+
+
+def log_axis(
+    title: str, drawn: Iterable[float | None], text: Callable[[float], str], **more: Any
+) -> dict[str, Any]:
+    """Return a logarithmic axis with as many ticks as can be read.
+
+    Args:
+        title: Its title.
+        drawn: What is drawn along it.
+        text: A tick in words.
+        more: What else Plotly is told of it.
+    """
+    logs = [math.log10(value) for value in drawn if value is not None and 0 < value < math.inf]
+    low, high = min(logs, default=0.0), max(logs, default=0.0)
+    steps = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
+    stride = max(1, math.ceil((high - low) / _MOST_TICKS))
+    decades = range(math.floor(low) - 1, math.ceil(high) + 2, stride)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    margin = 0.12 + 0.03 * (high - low)
+    span = [low - margin, high + margin]
+    ticktext = [text(tick) for tick in ticks]
+    return axis(title, type="log", tickvals=ticks, ticktext=ticktext, range=span, **more)

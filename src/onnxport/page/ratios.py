@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from onnxport.page.parts import axis
+from onnxport.page.parts import log_axis
 from onnxport.page.run import ratio_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["drawn_ratio", "outputs_of", "ratio_axis", "true_ratio"]
 
 _LEAST, _MOST = 1e-6, 1e3
-_DECADES = range(-6, 4)
 
 
 def outputs_of(reports: Iterable[ExportReport]) -> Iterable[tuple[dict[str, int], OutputError]]:
@@ -32,16 +31,7 @@ def ratio_axis(drawn: Sequence[float]) -> dict[str, Any]:
     Args:
         drawn: What is drawn along it, see :func:`drawn_ratio`.
     """
-    low, high = math.log10(min(drawn)), math.log10(max(drawn))
-    steps = (1, 2, 5) if high - low < 2 else (1,)  # noqa: PLR2004
-    ticks = [step * 10.0**decade for decade in _DECADES for step in steps]
-    return axis(
-        "part of the budget",
-        type="log",
-        tickvals=ticks,
-        ticktext=[f"{tick * 100:g} %" for tick in ticks],
-        range=[low - 0.15, high + 0.15],
-    )
+    return log_axis("part of the budget", drawn, lambda tick: f"{tick * 100:.4g} %")
 
 
 def drawn_ratio(output: OutputError) -> float:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from onnxport.page.checkpoints import checkpoints
-from onnxport.page.parts import Figure, Section, axis, label, line
+from onnxport.page.parts import Figure, Section, axis, label, line, log_axis
 from onnxport.page.wording import (
     counted,
     error_text,
@@ -29,17 +29,18 @@ _SAME_SCALE = 5.0
 def timeline(run: RunHistory) -> Section:
     """Draw metrics and the largest error over training."""
     steps = _steps(run.reports)
-    data = [*_metric_traces(run, steps), *_leaders(run, steps), *_error_traces(run, steps)]
+    errors = _error_traces(run, steps)
+    drawn = [value for trace in errors for value in trace["y"]]
     layout = {
         "xaxis": axis("step" if _have_steps(run.reports) else "checkpoint", anchor="y2"),
         "yaxis": axis("metric", domain=[0.46, 1]),
-        "yaxis2": axis("largest error", domain=[0, 0.4], type="log", exponentformat="power"),
+        "yaxis2": log_axis("largest error", drawn, error_text, domain=[0, 0.4]),
     }
     figure = Figure(
         name="chart-timeline",
         title="Metrics, and the largest error of each model",
         summary=_timeline_in_words(run),
-        data=data,
+        data=[*_metric_traces(run, steps), *_leaders(run, steps), *errors],
         layout=layout,
         height=460,
     )
