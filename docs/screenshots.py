@@ -1,4 +1,6 @@
-"""Run the demo and take the pictures of the README: ``python docs/screenshots.py``.
+"""Take the pictures of the README and of the docs: ``python docs/screenshots.py [page]``.
+
+With ``page``, those of the page of a run alone; without, those of the demo, too.
 
 Needs Chromium on the PATH (Debian: ``apt-get install chromium``).
 """
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,9 +88,53 @@ def photograph(url: str, image: Path, height: int) -> None:
     print(image.relative_to(DOCS.parent))
 
 
+def photograph_page() -> None:
+    """Take the pictures of the page of a run: desktop and phone, light and dark."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from real_run import trained, write_history  # the run that the tests look at
+    from reports import measured
+
+    from onnxport.page.document import PAGE, write_page
+    from onnxport.page.folder import history_of
+
+    os.environ["ONNXPORT_BACKGROUND"] = "0"  # a model for each checkpoint, before it is removed
+    with tempfile.TemporaryDirectory() as root, sync_playwright() as playwright:
+        folder = Path(root) / "glyphs"
+        write_history(folder, measured(trained(folder, epochs=8, layers=4)))
+        write_page(history_of(folder), folder / PAGE)
+        program = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for device, width, height in (("desktop", 1280, 1500), ("phone", 375, 1700)):
+            for theme in ("light", "dark"):
+                size = {"width": width, "height": height}
+                page = browser.new_page(viewport=size, color_scheme=theme)
+                page.set_default_timeout(120_000)
+                page.goto((folder / PAGE).as_uri())
+                page.wait_for_selector("html[data-charts=drawn]")
+                image = IMAGES / f"page-{device}-{theme}.png"
+                page.screenshot(path=image)
+                page.close()
+                compress(image)
+
+
+def compress(image: Path) -> None:
+    """Keep the colours that a picture really has."""
+    with Image.open(image) as picture:
+        few = picture.convert("RGB").quantize(colors=192, dither=Image.Dither.NONE)
+    few.save(image, optimize=True)
+    print(image.relative_to(DOCS.parent))
+
+
 def main() -> None:
-    """Take all pictures."""
+    """Take the pictures that were asked for."""
     IMAGES.mkdir(exist_ok=True)
+    if sys.argv[1:] != ["page"]:
+        photograph_demo()
+    photograph_page()
+
+
+def photograph_demo() -> None:
+    """Take the pictures of the demo and of MLflow's pages."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, DOCS.parent / "examples/digits.py", folder], check=True)
         shutil.copyfile(Path(folder) / "reports.svg", IMAGES / "reports.svg")

@@ -397,7 +397,12 @@ class ExportReport:
     @classmethod
     def from_json(cls, text: str) -> ExportReport:
         """Read what :meth:`to_json` wrote."""
-        data = json.loads(text)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExportReport:
+        """Read what the JSON of :meth:`to_json` holds."""
+        data = dict(data)
         data.pop("dynamic_axes", None)
         tracking = data.pop("tracking", None)
         parity = data.pop("metric_parity", None)  # and others that an older report does not have

@@ -20,7 +20,7 @@ def _app() -> typer.Typer:
     with optional_import(extra="cli", needed_for="The command onnxport"):
         import typer
 
-    from onnxport.cli import bench, models, runs
+    from onnxport.cli import bench, models, report, runs
 
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
     made: tuple[Callable[..., None], ...] = (
@@ -31,6 +31,7 @@ def _app() -> typer.Typer:
         bench.bench,
     )
     left: tuple[Callable[..., None], ...] = (
+        report.report,
         runs.resume,
         runs.sync,
         runs.promote,

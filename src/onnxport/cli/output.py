@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnxport.errors import OnnxportError, code_of
+from onnxport.page.wording import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,16 +63,3 @@ def line_of(report: ExportReport) -> str:
     if report.ok:
         return f"{report.path}: proven, largest error {report.max_abs_error or 0.0:.2g}"
     return f"{report.checkpoint}: no model. {report.error}"
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes as people write it.
-
-    Example:
-        >>> size_text(512), size_text(1 << 20), size_text(5 << 29)
-        ('512 B', '1.0 MiB', '2.5 GiB')
-    """
-    if count < 1 << 10:
-        return f"{count} B"
-    power = min(3, (count.bit_length() - 1) // 10)
-    return f"{count / (1 << 10 * power):.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

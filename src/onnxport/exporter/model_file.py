@@ -19,7 +19,6 @@ import onnx
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from onnxport.errors import PublishError
-from onnxport.exporter.tensors import raw_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -343,6 +342,9 @@ def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length:
 
 
 def _checked(slot: Slot, tensor: torch.Tensor) -> memoryview:
+    # Here, because who only reads models does without torch, which takes seconds to import.
+    from onnxport.exporter.tensors import raw_bytes
+
     # Before the bytes are asked for: a tensor of any size may be a view of a single number.
     same = tuple(tensor.shape) == slot.dims
     if not same or (raw := raw_bytes(tensor)).nbytes != slot.nbytes:
