@@ -39,6 +39,7 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     opset: int | None = None,
     precision: Precision | None = None,
     verify: bool | Verify = True,
+    latency: bool | float = False,
 ) -> ExportReport:
     """Export a module to a proven ONNX model.
 
@@ -59,6 +60,8 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
         opset: ONNX opset version; default: torch's own.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the module's own.
         verify: ``True`` or :class:`~onnxport.Verify`.
+        latency: Measure how long runs take, of the model on each provider and of the module, for
+            ``True``: 3 s in all, or so many seconds.
 
     Returns:
         The report of the published model.
@@ -79,7 +82,12 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     """
     require_runtime()
     options = ExportOptions.of(
-        core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+        core=core,
+        inputs=inputs,
+        opset=opset,
+        precision=precision,
+        verify=verify,
+        latency=latency,
     )
     job = _job(module, example, Path(path), options, target)
     report = Pipeline().run(job)
@@ -123,8 +131,7 @@ def verify(
         core="auto", inputs=inputs, opset=None, precision=None, verify=verify or True
     )
     plan = make_plan(_job(module, examples, file, options, None))
-    checks, _ = Proof(plan, options.verify).judge(file)
-    return list(checks)
+    return list(Proof(plan, options.verify).judge(file).checks)
 
 
 def _job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp64")
 POLICIES: tuple[str, ...] = ("best", "all", "end")
 MIN_OPSET = 11
 MAX_NICENESS = 19
+LATENCY_S = 3.0
+"""What ``latency=True`` means."""
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -112,20 +115,25 @@ class Verify:
 
     Args:
         tolerance: See :class:`Tolerance`.
-        providers: ``"auto"``: CPU, and each accelerator provider that can really run; or the names
-            of ONNX Runtime execution providers, each of which must really run.
+        providers: ``"auto"``: CPU, and each accelerator provider that can really run, but those
+            that compile for minutes (TensorRT, MIGraphX); or the names of ONNX Runtime execution
+            providers, each of which must really run, and run nodes of the model.
         sizes: Batch sizes to prove; default: 1, 2, the observed one and an odd larger one.
         seconds_per_run: A batch size is lowered when one eager run of it would take longer than
             this; in seconds.
+        gpu_memory_mb: What a check may take of a GPU's memory, in MiB; default: a quarter of what
+            is free when it begins. With ``providers="auto"`` a model that needs more is proven on
+            the CPU, and the report says so.
 
     Raises:
-        ConfigurationError: If a size is below 1, or there are no providers.
+        ConfigurationError: If a size or the memory is below 1, or there are no providers.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
     providers: Literal["auto"] | tuple[str, ...] = "auto"
     sizes: tuple[int, ...] | None = None
     seconds_per_run: float = 5.0
+    gpu_memory_mb: int | None = None
 
     def __post_init__(self) -> None:
         if self.providers != "auto":
@@ -141,6 +149,11 @@ class Verify:
                 raise ConfigurationError(
                     f"Verify(sizes=) must hold batch sizes of at least 1, got {self.sizes!r}."
                 )
+        memory = self.gpu_memory_mb
+        if memory is not None and not (_is_whole(memory) and memory >= 1):
+            raise ConfigurationError(
+                f"Verify(gpu_memory_mb=) must be a whole number of MiB, got {memory!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,6 +278,7 @@ class ExportOptions:
         precision: Cast to this precision before exporting; default: the checkpoint's own, as far
             as ONNX Runtime can run it.
         verify: How to prove.
+        latency_s: How long it may take to measure how long runs take, in seconds; 0: not at all.
 
     Raises:
         ConfigurationError: If a choice is unknown or the opset is not one.
@@ -275,6 +289,7 @@ class ExportOptions:
     opset: int | None = None
     precision: Precision | None = None
     verify: Verify = field(default_factory=Verify)
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("core", self.core, CORES)
@@ -294,11 +309,13 @@ class ExportOptions:
         opset: int | None,
         precision: Precision | None,
         verify: bool | Verify,
+        latency: bool | float = False,
     ) -> ExportOptions:
         """Make options from the flat arguments of the public functions.
 
         Raises:
-            ConfigurationError: If ``verify`` is false: nothing unproven is ever published.
+            ConfigurationError: If ``verify`` is false: nothing unproven is ever published; or if
+                ``latency`` is no time.
         """
         if verify is not True and not isinstance(verify, Verify):
             raise ConfigurationError(
@@ -316,4 +333,13 @@ class ExportOptions:
             opset=opset,
             precision=precision,
             verify=verify if isinstance(verify, Verify) else Verify(),
+            latency_s=_read_latency(latency),
         )
+
+
+def _read_latency(latency: object) -> float:
+    if isinstance(latency, bool):
+        return LATENCY_S if latency else 0.0
+    if isinstance(latency, (int, float)) and 0 <= latency < math.inf:
+        return float(latency)
+    raise ConfigurationError(f"latency must be True, False or seconds, got {latency!r}.")

@@ -265,7 +265,11 @@ def _marker(model: Path) -> Path:
 def _proof_of(options: ExportOptions) -> dict[str, Any]:
     verify = options.verify
     providers = verify.providers if verify.providers == "auto" else list(verify.providers)
-    return {"tolerance": asdict(verify.tolerance), "providers": providers}
+    return {
+        "tolerance": asdict(verify.tolerance),
+        "providers": providers,
+        "gpu_memory_mb": verify.gpu_memory_mb,
+    }
 
 
 def _model(marker: Path) -> Path:

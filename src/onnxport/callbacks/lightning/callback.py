@@ -126,6 +126,9 @@ class OnnxExport(metaclass=FrameworkAware):
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"fp64"``; default: the checkpoint's own,
             as far as ONNX Runtime can run it.
         verify: ``True``, or :class:`~onnxport.Verify` with tolerance, providers and sizes.
+        latency: Measure how long runs take, of the model on each provider and of the module, when
+            a graph is new, for ``True``: 3 s in all, or so many seconds. In the background that is
+            beside training and on few threads: compare the numbers with each other.
         mlflow: ``"auto"``: the run of the trainer's ``MLFlowLogger``, if there is one; ``True``: as
             ``"auto"``, but with a run of our own when there is none, at ``MLFLOW_TRACKING_URI`` or
             on sqlite under the trainer's root; ``False``; or :class:`~onnxport.MLflow`.
@@ -169,6 +172,7 @@ class OnnxExport(metaclass=FrameworkAware):
         opset: int | None = None,
         precision: Precision | None = None,
         verify: bool | Verify = True,
+        latency: bool | float = False,
         mlflow: Literal["auto"] | bool | MLflow = "auto",
         register: str | None = None,
         background: bool | Background = True,
@@ -193,7 +197,12 @@ class OnnxExport(metaclass=FrameworkAware):
         self.on_error = on_error
         self.console = console
         self.options = ExportOptions.of(
-            core=core, inputs=inputs, opset=opset, precision=precision, verify=verify
+            core=core,
+            inputs=inputs,
+            opset=opset,
+            precision=precision,
+            verify=verify,
+            latency=latency,
         )
         self._mlflow = read_mlflow(mlflow, register)
         self._sessions: dict[str, ExportSession] = {}
