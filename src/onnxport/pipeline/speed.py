@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 BATCHES = (1, 8, 64)
 FEWEST = 3
-"""Runs of each way at one size, the first ones included, without which nothing is measured."""
+"""Turns at one size that the time must allow: one to warm up, and two that count."""
 
 
 def measure(
@@ -116,15 +116,23 @@ def _at_sizes(
         # A module may write to what it is given; the others must not see that.
         fed = {name: tuple(tensor.clone() for tensor in tensors) for name in ways}
         runs = {name: partial(run, names, fed[name]) for name, run in ways.items()}
-        start = clock()
-        for run in runs.values():
-            run()
-        once = max(clock() - start, 1e-9)
+        _pass(runs, clock)  # memory is allocated, kernels are chosen for the size
+        once = _pass(runs, clock)
+        share = (end - clock()) / (len(sizes) - place)
         turns = int(share / once)
         if turns < FEWEST:
             return
         warm_up = min(WARM_UP, turns // FEWEST)
         least = max(2, min(LEAST, turns - warm_up))
-        left = share - (clock() - start) - warm_up * once
-        yield from latencies(runs, rows, left, clock, warm_up=warm_up, least=least)
-        per_row = once / rows
+        left = share - warm_up * once
+        measured = latencies(runs, rows, left, clock, warm_up=warm_up, least=least)
+        yield from measured
+        per_row = sum(one.p50 for one in measured) / rows
+
+
+def _pass(runs: Mapping[str, Callable[[], object]], clock: Callable[[], float]) -> float:
+    """Run each way once, and return how long that took."""
+    start = clock()
+    for run in runs.values():
+        run()
+    return max(clock() - start, 1e-9)

@@ -131,6 +131,9 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:
+            # After a run its threads would take cores from whoever runs next, training included.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if in_place:
             options.add_session_config_entry("session.disable_prepacking", "1")
             # Fusions make new weights out of those that are there.
