@@ -152,8 +152,10 @@ def test_a_graph_that_a_provider_refuses_is_not_offered_to_it_again() -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     """A model made with what is installed here."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
-    path = tmp_path_factory.mktemp("plain") / "a.onnx"
-    return onnxport.export(net, torch.randn(8, 4), path, core="trace", latency=2)
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONNXPORT_CACHE_DIR", str(folder / "memory"))
+        return onnxport.export(net, torch.randn(8, 4), folder / "a.onnx", core="trace", latency=2)
 
 
 def test_on_the_cpu_alone_there_is_nothing_to_warn_of(plain: ExportReport) -> None:

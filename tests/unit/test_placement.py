@@ -16,7 +16,8 @@ from onnxport.errors import ConfigurationError, VerificationError
 from onnxport.pipeline import verdict
 from onnxport.pipeline.placement import elsewhere_text, is_unused, placement_of, require_used
 from onnxport.pipeline.verdict import Verdict, on_each_provider
-from onnxport.report import Check, Placement
+from onnxport.report import Check, ExportReport, Latency, Placement
+from onnxport.tracking.description import _latency_points
 from onnxport.validation import provider_options
 from onnxport.validation.graph import nodes_of_sizes
 from onnxport.validation.latency import latencies
@@ -242,3 +243,15 @@ def test_a_dear_run_is_made_as_often_as_there_is_time_for() -> None:
     ran: list[int] = []
     (found,) = latencies({"it": lambda: ran.append(1)}, 1, -1.0, warm_up=1, least=2)
     assert (found.runs, len(ran)) == (2, 3)
+
+
+def test_medians_become_metrics_by_batch_and_way() -> None:
+    def one(name: str, batch: int) -> Latency:
+        return Latency(name=name, batch=batch, runs=9, p50=0.002, p95=0.003, throughput=1.0)
+
+    report = ExportReport(ok=True, latencies=(one(CPU, 1), one(OPENVINO, 8), one("eager", 1)))
+    assert _latency_points(report) == {
+        "onnx/latency_ms_b1": 2.0,
+        "onnx/latency_ms_b8_openvino": 2.0,
+        "onnx/latency_ms_b1_eager": 2.0,
+    }
