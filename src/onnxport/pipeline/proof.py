@@ -347,7 +347,8 @@ def check_case(
     try:
         outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
     except VerificationError as error:
-        raise type(error)(f"At {where}, {error}", error.checks) from error
+        # Of the same kind, and what else it knows.
+        raise type(error)(f"At {where}, {error}", *error.args[1:]) from error
     took = round(time.perf_counter() - start, 6)
     check = _check(signature, session, case, case.references, outputs)
     if not check.ok and case.refine is not None:

@@ -6,8 +6,9 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from onnxport.errors import ProviderError
 from onnxport.validation.providers import resolve_providers
-from onnxport.validation.session import CPU, RefusedError
+from onnxport.validation.session import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,7 +67,7 @@ def on_each_provider(
 
     Raises:
         VerificationError: If the model is wrong somewhere.
-        RefusedError: If it is refused where it must run.
+        ProviderError: If it is refused where it must run.
     """
     made, without = Verdict(), frozenset(leave_out)
     for provider in resolve_providers(verify.providers):
@@ -74,7 +75,7 @@ def on_each_provider(
             continue
         try:
             made = made.and_(prove(provider, made.checks))
-        except RefusedError as error:
+        except ProviderError as error:
             if verify.providers != "auto" or provider == CPU:
                 raise
             logger.debug("%s refuses the model", provider, exc_info=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from onnxport._optional import is_available, optional_import
-from onnxport.errors import VerificationError
+from onnxport.errors import ProviderError
 from onnxport.validation.provider_options import is_out_of_memory, memory_limit, options_for
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ __all__ = [
     "CPU",
     "PlacedNode",
     "PrepSessions",
-    "ProviderMemoryError",
-    "RefusedError",
     "Session",
     "available_providers",
     "require_runtime",
@@ -77,17 +75,6 @@ def use_threads(count: int) -> None:
     _THREADS[:] = [count]
 
 
-class RefusedError(VerificationError):
-    """An execution provider does not load or run a model, and says so.
-
-    Who serves the model there would be told, too: unlike a wrong number, which nobody is told.
-    """
-
-
-class ProviderMemoryError(RefusedError):
-    """An execution provider gets too little memory for a model."""
-
-
 class PlacedNode(NamedTuple):
     """A node of a graph, and the execution provider that has taken it."""
 
@@ -109,7 +96,7 @@ class Session:
             what is free now.
 
     Raises:
-        RefusedError: If the model does not load, or another provider is used instead.
+        ProviderError: If the model does not load, or another provider is used instead.
     """
 
     def __init__(
@@ -123,7 +110,7 @@ class Session:
     ) -> None:
         ort = _runtime()
         if provider not in ort.get_available_providers():
-            raise RefusedError(_not_used(provider, ort.get_available_providers()))
+            raise ProviderError(_not_used(provider, ort.get_available_providers()))
         threads = _THREADS[-1] + spare if _THREADS else None
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
@@ -150,7 +137,7 @@ class Session:
             )
         used = self._session.get_providers()
         if provider not in used:
-            raise RefusedError(_not_used(provider, used))
+            raise ProviderError(_not_used(provider, used))
         self.provider = provider
 
     @property
@@ -190,7 +177,7 @@ class Session:
             checks: Checks made so far, for the error.
 
         Raises:
-            RefusedError: If ONNX Runtime fails.
+            ProviderError: If ONNX Runtime fails.
         """
         wanted = set(self.input_names)
         with _refusals(self.provider, "ONNX Runtime fails", checks):
@@ -254,11 +241,10 @@ def _to_torch(value: Any) -> torch.Tensor:
 
 @contextmanager
 def _refusals(provider: str, what: str, checks: tuple[Check, ...] = ()) -> Iterator[None]:
-    """Say why a session cannot be made or run; too little memory on a device has its own type.
+    """Say why a session cannot be made or run; and whether its device had too little memory.
 
     Raises:
-        ProviderMemoryError: If a device has too little memory.
-        RefusedError: If the block fails in another way.
+        ProviderError: If the block fails.
     """
     try:
         yield
@@ -268,10 +254,10 @@ def _refusals(provider: str, what: str, checks: tuple[Check, ...] = ()) -> Itera
         text = " ".join(str(error).split())
         if provider != CPU and is_out_of_memory(text):
             advice = "Verify(gpu_memory_mb=) says how much it may take."
-            raise ProviderMemoryError(
-                f"{what}: too little memory. {advice} {_gist(text)}", checks
+            raise ProviderError(
+                f"{what}: too little memory. {advice} {_gist(text)}", checks, out_of_memory=True
             ) from error
-        raise RefusedError(f"{what}: {_gist(text)}", checks) from error
+        raise ProviderError(f"{what}: {_gist(text)}", checks) from error
 
 
 def _gist(text: str) -> str:
