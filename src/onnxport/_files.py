@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEGUN",
+    "DATA_SUFFIX",
     "MOST_BYTES",
     "OWED",
     "REFUSED",
@@ -34,6 +35,7 @@ __all__ = [
     "read_small",
     "replace_content",
     "require_inside",
+    "size_of_model",
     "sweep_begun",
     "sync",
 ]
@@ -43,6 +45,8 @@ NOTES = (OWED, UNTOLD, REFUSED)
 """Hidden files beside a model: it is still to be made; a server is still to be told of it. Beside a
 checkpoint: the folder of its model has refused the first."""
 BEGUN = ".tmp"
+DATA_SUFFIX = ".data"
+"""Behind the name of a model: its weights, where they lie outside of it."""
 MOST_BYTES = 1 << 26
 """What a report, a note or a job can hold at most."""
 _ABANDONED_S = 60.0
@@ -211,3 +215,9 @@ def _lock(file: BinaryIO) -> bool:
     except OSError:
         return False
     return True
+
+
+def size_of_model(path: Path) -> int:
+    """Return the bytes of a model, with its external data."""
+    files = (path, path.with_name(path.name + DATA_SUFFIX))
+    return sum(file.stat().st_size for file in files if file.exists())

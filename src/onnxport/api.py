@@ -41,6 +41,7 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
     precision: Precision | None = None,
     verify: bool | Verify = True,
     variants: Iterable[str] | Mapping[str, float] = (),
+    latency: bool | float = False,
 ) -> ExportReport:
     """Export a module to a proven ONNX model.
 
@@ -63,6 +64,8 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
         verify: ``True`` or :class:`~onnxport.Verify`.
         variants: Smaller children to make of it: ``"fp16"``, ``"int8"``, ``"int8-static"``; see
             :class:`~onnxport.OnnxExport`. What comes of each is in ``report.variants``.
+        latency: Measure how long runs take, of the model on each provider and of the module, for
+            ``True``: 3 s in all, or so many seconds.
 
     Returns:
         The report of the published model.
@@ -89,6 +92,7 @@ def export(  # noqa: PLR0913 - flat keyword arguments, one per choice
         precision=precision,
         verify=verify,
         variants=variants,
+        latency=latency,
     )
     job = _job(module, example, Path(path), options, target)
     report = Pipeline().run(job)
@@ -132,8 +136,7 @@ def verify(
         core="auto", inputs=inputs, opset=None, precision=None, verify=verify or True
     )
     plan = make_plan(_job(module, examples, file, options, None))
-    checks, _ = Proof(plan, options.verify).judge(file)
-    return list(checks)
+    return list(Proof(plan, options.verify).judge(file).checks)
 
 
 def _job(

@@ -36,6 +36,8 @@ value of each output."""
 POLICIES: tuple[str, ...] = ("best", "all", "end")
 MIN_OPSET = 11
 MAX_NICENESS = 19
+LATENCY_S = 3.0
+"""What ``latency=True`` means."""
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -118,20 +120,25 @@ class Verify:
 
     Args:
         tolerance: See :class:`Tolerance`.
-        providers: ``"auto"``: CPU, and each accelerator provider that can really run; or the names
-            of ONNX Runtime execution providers, each of which must really run.
+        providers: ``"auto"``: CPU, and each accelerator provider that can really run, but those
+            that compile for minutes (TensorRT, MIGraphX); or the names of ONNX Runtime execution
+            providers, each of which must really run, and run nodes of the model.
         sizes: Batch sizes to prove; default: 1, 2, the observed one and an odd larger one.
         seconds_per_run: A batch size is lowered when one eager run of it would take longer than
             this; in seconds.
+        gpu_memory_mb: What a check may take of a GPU's memory, in MiB; default: a quarter of what
+            is free when it begins. With ``providers="auto"`` a model that needs more is proven on
+            the CPU, and the report says so.
 
     Raises:
-        ConfigurationError: If a size is below 1, or there are no providers.
+        ConfigurationError: If a size or the memory is below 1, or there are no providers.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
     providers: Literal["auto"] | tuple[str, ...] = "auto"
     sizes: tuple[int, ...] | None = None
     seconds_per_run: float = 5.0
+    gpu_memory_mb: int | None = None
 
     def __post_init__(self) -> None:
         if self.providers != "auto":
@@ -147,6 +154,11 @@ class Verify:
                 raise ConfigurationError(
                     f"Verify(sizes=) must hold batch sizes of at least 1, got {self.sizes!r}."
                 )
+        memory = self.gpu_memory_mb
+        if memory is not None and not (_is_whole(memory) and memory >= 1):
+            raise ConfigurationError(
+                f"Verify(gpu_memory_mb=) must be a whole number of MiB, got {memory!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,6 +350,7 @@ class ExportOptions:
         verify: How to prove.
         metrics: How to run the module's own validation with the model, or ``None``: not at all.
         variants: Which smaller children to make, with the budget of each.
+        latency_s: How long it may take to measure how long runs take, in seconds; 0: not at all.
 
     Raises:
         ConfigurationError: If a choice is unknown or the opset is not one.
@@ -350,6 +363,7 @@ class ExportOptions:
     verify: Verify = field(default_factory=Verify)
     metrics: Metrics | None = None
     variants: tuple[tuple[str, float], ...] = ()
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("core", self.core, CORES)
@@ -371,11 +385,13 @@ class ExportOptions:
         verify: bool | Verify,
         validate_metrics: bool | int | Metrics = False,
         variants: Iterable[str] | Mapping[str, float] = (),
+        latency: bool | float = False,
     ) -> ExportOptions:
         """Make options from the flat arguments of the public functions.
 
         Raises:
-            ConfigurationError: If ``verify`` is false: nothing unproven is ever published.
+            ConfigurationError: If ``verify`` is false: nothing unproven is ever published; or if
+                ``latency`` is no time.
         """
         if verify is not True and not isinstance(verify, Verify):
             raise ConfigurationError(
@@ -395,6 +411,7 @@ class ExportOptions:
             verify=verify if isinstance(verify, Verify) else Verify(),
             metrics=Metrics.of(validate_metrics),
             variants=_read_variants(variants),
+            latency_s=_read_latency(latency),
         )
 
 
@@ -420,3 +437,11 @@ def _read_variants(given: Iterable[str] | Mapping[str, float]) -> tuple[tuple[st
                 f"PyTorch's, as a part of their largest value; got {budget!r}."
             )
     return tuple(budgets.items())
+
+
+def _read_latency(latency: object) -> float:
+    if isinstance(latency, bool):
+        return LATENCY_S if latency else 0.0
+    if isinstance(latency, (int, float)) and 0 <= latency < math.inf:
+        return float(latency)
+    raise ConfigurationError(f"latency must be True, False or seconds, got {latency!r}.")

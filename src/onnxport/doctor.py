@@ -19,7 +19,12 @@ from onnxport.config import Background
 from onnxport.errors import OnnxportError
 from onnxport.tracking import reachable
 from onnxport.tracking.base import without_password
-from onnxport.validation.session import idle_providers, resolve_providers, runtime_version
+from onnxport.validation.providers import (
+    idle_providers,
+    providers_on_request,
+    resolve_providers,
+)
+from onnxport.validation.session import runtime_version
 from onnxport.worker.process import WorkerProcess
 
 try:
@@ -119,6 +124,8 @@ def _versions() -> Iterator[Finding]:
 def _runtime() -> Iterator[Finding]:
     running = ", ".join(resolve_providers("auto"))
     yield Finding("ONNX Runtime", f"{runtime_version()}; models run with {running}")
+    for name in providers_on_request():
+        yield Finding(name, "runs here; models are proven on it where Verify(providers=) names it")
     for name in idle_providers():
         yield Finding(
             name,

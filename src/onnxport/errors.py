@@ -20,6 +20,7 @@ __all__ = [
     "InputInferenceError",
     "MissingDependencyError",
     "OnnxportError",
+    "ProviderError",
     "PublishError",
     "TrackingError",
     "UnsafeFileError",
@@ -112,6 +113,25 @@ class VerificationError(OnnxportError, RuntimeError):
     @override
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class ProviderError(VerificationError):
+    """An execution provider does not load or run a model, and says so.
+
+    Who serves the model there would be told, too: unlike a wrong number, which nobody is told.
+
+    Attributes:
+        out_of_memory: Whether its device had too little memory.
+    """
+
+    code = "OX410"
+
+    def __init__(
+        self, message: str, checks: tuple[Check, ...] = (), out_of_memory: bool = False
+    ) -> None:
+        super().__init__(message, checks)
+        self.args = (message, checks, out_of_memory)
+        self.out_of_memory = out_of_memory
 
 
 class PublishError(OnnxportError, RuntimeError):

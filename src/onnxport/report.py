@@ -131,8 +131,8 @@ class Placement:
 
     Args:
         provider: Execution provider that was asked for.
-        nodes: Execution provider -> operator -> how many nodes of it run there. What a provider
-            has compiled into a node of its own counts under that node's name.
+        nodes: Execution provider -> operator -> how many nodes of it run there, as they are in the
+            graph: also where the provider makes one node of many.
     """
 
     provider: str

@@ -25,6 +25,7 @@ PUBLIC = [
     "MissingDependencyError",
     "OnnxExport",
     "OnnxportError",
+    "ProviderError",
     "PublishError",
     "Tolerance",
     "TrackingError",

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from onnxport.errors import VerificationError
-from onnxport.validation import session
-from onnxport.validation.session import CPU, Session, resolve_providers
+from onnxport.validation import providers, session
+from onnxport.validation.providers import resolve_providers
+from onnxport.validation.session import CPU, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +24,9 @@ CUDA = "CUDAExecutionProvider"
 
 @pytest.fixture(autouse=True)
 def _forget_what_runs() -> Iterator[None]:
-    session._really_runs.cache_clear()
+    providers._really_runs.cache_clear()
     yield
-    session._really_runs.cache_clear()
+    providers._really_runs.cache_clear()
 
 
 def runtime(
@@ -50,7 +51,8 @@ def test_auto_takes_cuda_up_where_it_really_runs(monkeypatch: pytest.MonkeyPatch
     fake = runtime(monkeypatch, listed=[CUDA, CPU], used=[CUDA, CPU])
     assert resolve_providers("auto") == (CPU, CUDA)
     (call,) = fake.InferenceSession.call_args_list
-    assert call.kwargs["providers"] == [(CUDA, {"use_tf32": "0"}), CPU]
+    ((name, told), last) = call.kwargs["providers"]
+    assert (name, told["use_tf32"], last) == (CUDA, "0", CPU)
     fake.InferenceSession.return_value.run_with_ort_values.assert_called_once()
 
 

@@ -269,6 +269,7 @@ def _proof_of(options: ExportOptions) -> dict[str, Any]:
         "tolerance": asdict(verify.tolerance),
         "providers": providers,
         "variants": [list(each) for each in options.variants],
+        "gpu_memory_mb": verify.gpu_memory_mb,
     }
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from onnxport._files import is_there
+from onnxport._files import DATA_SUFFIX, is_there
 from onnxport.errors import PublishError
-from onnxport.exporter.writer import DATA_SUFFIX, REPORT_SUFFIX, model_files, report_path
+from onnxport.exporter.writer import REPORT_SUFFIX, model_files, report_path
 from onnxport.pipeline.report_files import save_report
 from onnxport.report import ExportReport
 

@@ -210,6 +210,7 @@ def _options(debt: Owed) -> ExportOptions:
     verify = Verify(
         tolerance=Tolerance(**content.get("tolerance", {})),
         providers=content.get("providers", "auto"),
+        gpu_memory_mb=content.get("gpu_memory_mb"),
     )
     return replace(
         ExportOptions.of(core="auto", inputs=None, opset=None, precision=None, verify=True),

@@ -76,7 +76,8 @@ def _measured(
 ) -> list[Latency]:
     from onnxport.errors import ConfigurationError
     from onnxport.validation.latency import latencies
-    from onnxport.validation.session import Session, require_runtime, resolve_providers
+    from onnxport.validation.providers import resolve_providers
+    from onnxport.validation.session import Session, require_runtime
 
     require_runtime()
     facts = facts_at(model)

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from filelock import FileLock, Timeout
 
+from onnxport._files import DATA_SUFFIX
 from onnxport._files import sync as sync_file
 from onnxport.config import VARIANTS
 from onnxport.errors import PublishError
@@ -63,7 +64,6 @@ EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights beyond this go to ``<stem>.onnx.data``; a protobuf file cannot pass 2 GB."""
 
 REPORT_SUFFIX = ".json"
-DATA_SUFFIX = ".data"
 
 
 @contextmanager

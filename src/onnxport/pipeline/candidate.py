@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from onnxport.pipeline.blueprint import Blueprint, plain_state
 from onnxport.pipeline.completeness import why_incomplete
 from onnxport.pipeline.open_template import OpenTemplate
 from onnxport.pipeline.proof import REAL
+from onnxport.pipeline.speed import measure
+from onnxport.pipeline.verdict import Verdict
 from onnxport.validation.session import runtime_version
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class Candidate:
         pool: Brings files to the disk while they are proven.
 
     Attributes:
-        opset: Opset of the last model.
+        verdict: What the proof says of the last model.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Candidate:
         pool: Executor,
     ) -> None:
         self.job, self.plan, self.watch = job, plan, watch
-        self.opset: int | None = None
+        self.verdict = Verdict()
         self._pool = pool
         self._synced: Future[None] | None = None
         self._proof, self._staged, self._prep, self._digest = proof, staged, prep, digest
@@ -94,8 +97,17 @@ class Candidate:
             drop_weights(model)
         self._synced = self._pool.submit(sync_model, self._staged)
         with self.watch.stage("prove"):
-            checks, self.opset = self._proof.judge(self._staged, staged=True)
-        return checks
+            self.verdict = self._proof.judge(self._staged, staged=True)
+        return self.verdict.checks
+
+    def measured(self, report: ExportReport) -> ExportReport:
+        """Return a report with how long runs of the last model take, if that is asked for."""
+        if not self.job.options.latency_s:
+            return report
+        with self.watch.stage("latency"):
+            found, warning = measure(self._staged, self.plan, self.verdict.checks, self.job.options)
+        said = (*report.warnings, warning) if warning else report.warnings
+        return replace(report, latencies=found, warnings=said)
 
     def wait_for_disk(self) -> None:
         """Return when the last model is on the disk.

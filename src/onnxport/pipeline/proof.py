@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -15,12 +15,14 @@ from onnxport.errors import ExportError, VerificationError
 from onnxport.exporter.model_file import twin_of
 from onnxport.inputs.resize import current_sizes, lower, negate, resize, scale, shuffle
 from onnxport.pipeline.float64 import Float64
+from onnxport.pipeline.placement import elsewhere_text, is_unused, placement_of, require_used
 from onnxport.pipeline.runs import run_flat
+from onnxport.pipeline.verdict import Verdict, on_each_provider
 from onnxport.report import Check
 from onnxport.validation.budget import Reference, make_references, pinned_reference, pooled_noise
-from onnxport.validation.graph import check_graph
+from onnxport.validation.graph import check_graph, nodes_of_sizes
 from onnxport.validation.parity import compare
-from onnxport.validation.session import Session, resolve_providers
+from onnxport.validation.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +128,7 @@ class Proof:
             for place, name in enumerate(names)
         }
 
-    def judge(self, path: Path, *, staged: bool = False) -> tuple[tuple[Check, ...], int]:
+    def judge(self, path: Path, *, staged: bool = False) -> Verdict:
         """Prove a file.
 
         Args:
@@ -135,22 +137,30 @@ class Proof:
                 moment, because the checker would read all of the file, twice, and ONNX Runtime
                 would copy the weights of a large one, where it can map them.
 
-        Returns:
-            The checks, all passed, and the opset version of the file.
-
         Raises:
             VerificationError: At the first disagreement, with the checks so far.
         """
-        checks: tuple[Check, ...] = ()
         with twin_of(path) if staged else nullcontext(path) as graph:
             opset = check_graph(graph, self._plan.signature)
             model = graph if path.stat().st_size > LARGE_FILE else path
-            for provider in resolve_providers(self._verify.providers):
-                session = Session(model, provider)
-                for case in self.cases:
-                    check = check_case(self._plan.signature, session, case, checks)
-                    checks = (*checks, check)
-        return checks, opset
+            verdict = on_each_provider(self._verify, partial(self._judge_on, model))
+        return replace(verdict, opset=opset)
+
+    def _judge_on(self, model: Path, provider: str, before: tuple[Check, ...]) -> Verdict:
+        checks = before
+        with closing(Session(model, provider, gpu_memory_mb=self._verify.gpu_memory_mb)) as session:
+            nodes = session.placed()
+            placement = placement_of(provider, nodes)
+            if self._verify.providers != "auto":
+                require_used(placement)
+            text = elsewhere_text(placement, nodes, partial(nodes_of_sizes, model))
+            for case in () if is_unused(placement) else self.cases:
+                checks = (*checks, check_case(self._plan.signature, session, case, checks))
+        return Verdict(
+            checks=checks[len(before) :],
+            placements=() if placement is None else (placement,),
+            warnings=(text,) if text else (),
+        )
 
     # --- cases ------------------------------------------------------------------------------
 
@@ -337,7 +347,8 @@ def check_case(
     try:
         outputs = session.run([spec.name for spec in signature.inputs], case.inputs, before)
     except VerificationError as error:
-        raise VerificationError(f"At {where}, {error}", error.checks) from error
+        # Of the same kind, and what else it knows.
+        raise type(error)(f"At {where}, {error}", *error.args[1:]) from error
     took = round(time.perf_counter() - start, 6)
     check = _check(signature, session, case, case.references, outputs)
     if not check.ok and case.refine is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,14 @@ from onnxport.inputs.resize import current_sizes, resize, take
 from onnxport.pipeline.blueprint import plain_state
 from onnxport.pipeline.changes import what_counts
 from onnxport.pipeline.job import ModuleMissingError
+from onnxport.pipeline.placement import is_unused
 from onnxport.pipeline.plan import target_of
 from onnxport.pipeline.proof import NO_NUMBER, REAL, Case, Proof, check_case, has_no_number
 from onnxport.pipeline.runs import run_flat
+from onnxport.pipeline.verdict import Verdict, on_each_provider, refused_before
 from onnxport.tree import flatten, same_structure
 from onnxport.validation.budget import pinned_reference
-from onnxport.validation.session import Session, resolve_providers
+from onnxport.validation.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +110,8 @@ def refresh(
             del state  # mapped memory counts as long as it is mapped
         synced = pool.submit(sync_model, staged)  # the disk works while the model is proven
         with timed("prove"):
-            checks, warnings, cases = _prove(blueprint, job, staged)
+            proven, cases = _prove(blueprint, job, staged)
+            warnings = proven.warnings
             if changed:
                 text = (
                     f"{', '.join(sorted(changed))} changed since the graph was made, and is no "
@@ -117,7 +121,9 @@ def refresh(
                 warnings = (*warnings, text)
         with timed("sync"):
             synced.result()
-    return Refreshed(checks=checks, weights_sha256=digest.result(), warnings=warnings, cases=cases)
+    return Refreshed(
+        checks=proven.checks, weights_sha256=digest.result(), warnings=warnings, cases=cases
+    )
 
 
 def _doubts(job: ExportJob) -> tuple[str, ...]:
@@ -128,7 +134,7 @@ def _doubts(job: ExportJob) -> tuple[str, ...]:
 
 def _prove(
     blueprint: Blueprint, job: ExportJob, staged: Path
-) -> tuple[tuple[Check, ...], tuple[str, ...], tuple[Case, ...]]:
+) -> tuple[Verdict, tuple[Case, ...]]:
     """Compare with what the live module gave; if that says too little or no, with the module.
 
     Raises:
@@ -138,7 +144,8 @@ def _prove(
     live, wrong = tuple(_live_cases(blueprint, job)), ""
     if live:
         try:
-            return _judge(blueprint, job, staged, live), _doubts(job), live
+            doubts = Verdict(warnings=_doubts(job))
+            return _judge(blueprint, job, staged, live).and_(doubts), live
         except VerificationError as error:
             logger.debug("The quick proof failed: the module is asked.", exc_info=True)
             wrong = str(error)
@@ -151,12 +158,13 @@ def _prove(
     if not live:
         try:
             own = (_own_case(blueprint, plan, job),)
-            return _judge(blueprint, job, staged, own), (*warnings,), own
+            verdict = _judge(blueprint, job, staged, own)
+            return verdict.and_(Verdict(warnings=(*warnings,))), own
         except VerificationError:
             logger.debug("The quick proof failed: more is tried.", exc_info=True)
     proof = Proof(plan, job.options.verify)
-    checks = _judge(blueprint, job, staged, proof.cases)
-    return checks, (*warnings, *proof.warnings), proof.cases
+    said = Verdict(warnings=(*warnings, *proof.warnings))
+    return _judge(blueprint, job, staged, proof.cases).and_(said), proof.cases
 
 
 def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str]) -> None:
@@ -174,27 +182,48 @@ def _require_unread(blueprint: Blueprint, job: ExportJob, changed: frozenset[str
         raise StaleTemplateError(f"{', '.join(sorted(read))} changed, and is no weight.")
 
 
-def _judge(
-    blueprint: Blueprint, job: ExportJob, staged: Path, cases: Sequence[Case]
-) -> tuple[Check, ...]:
+def _judge(blueprint: Blueprint, job: ExportJob, staged: Path, cases: Sequence[Case]) -> Verdict:
     """Run the file in ONNX Runtime, its weights where they lie.
 
-    A graph that is loaded already does; what it refuses is decided by loading the file.
+    A graph that is loaded already does; what it refuses is decided by loading the file. Where its
+    nodes run is known from the export: weights do not change it.
     """
-    checks: tuple[Check, ...] = ()
-    for provider in resolve_providers(job.options.verify.providers):
+    verify = job.options.verify
+
+    def prove(provider: str, before: tuple[Check, ...]) -> Verdict:
         try:
             filled = blueprint.opened.with_file(staged, provider)
-            made = None if filled is None else _run_all(blueprint, filled, cases, checks)
+            made = None if filled is None else _run_all(blueprint, filled, cases, before)
         except VerificationError:
             logger.debug("The file itself is asked.", exc_info=True)
             made = None
         if made is None:
-            with twin_of(staged) as twin:
-                session = Session(twin, provider, in_place=True, spare=1)
-                made = _run_all(blueprint, session, cases, checks)
-        checks = made
-    return checks
+            made = _run_file(blueprint, staged, provider, cases, before, verify.gpu_memory_mb)
+        return Verdict(checks=made[len(before) :])
+
+    return on_each_provider(verify, prove, _not_for(blueprint))
+
+
+def _not_for(blueprint: Blueprint) -> frozenset[str]:
+    """Return the providers that refuse the graph, or leave all of its nodes to others."""
+    known = blueprint.report
+    unused = {placement.provider for placement in known.placements if is_unused(placement)}
+    return refused_before(known.warnings) | unused
+
+
+def _run_file(
+    blueprint: Blueprint,
+    staged: Path,
+    provider: str,
+    cases: Sequence[Case],
+    before: tuple[Check, ...],
+    memory: int | None,
+) -> tuple[Check, ...]:
+    with (
+        twin_of(staged) as twin,
+        closing(Session(twin, provider, in_place=True, spare=1, gpu_memory_mb=memory)) as session,
+    ):
+        return _run_all(blueprint, session, cases, before)
 
 
 def _run_all(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from onnxport._files import sync
+from onnxport._files import size_of_model, sync
 from onnxport.errors import (
     ExportError,
     OnnxportError,
@@ -164,6 +164,9 @@ class Pipeline:
                     inputs=known.report.inputs,
                     outputs=known.report.outputs,
                     evidence=known.report.evidence,
+                    bytes=size_of_model(staged),
+                    placements=known.report.placements,
+                    latencies=known.report.latencies,
                     weights_sha256=made.weights_sha256,
                     checks=made.checks,
                     warnings=tuple(dict.fromkeys((*known.report.warnings, *made.warnings))),
@@ -226,9 +229,12 @@ class Pipeline:
                 draft = replace(
                     draft,
                     core=climbed.winner.core.name,
-                    opset=candidate.opset,
-                    warnings=(*draft.warnings, *climbed.warnings),
+                    opset=candidate.verdict.opset,
+                    placements=candidate.verdict.placements,
+                    bytes=size_of_model(staged),
+                    warnings=(*draft.warnings, *climbed.warnings, *candidate.verdict.warnings),
                 )
+                draft = candidate.measured(draft)
                 with watch.stage("template"):
                     self.blueprint, reason = candidate.blueprint(climbed.winner, draft)
                     if before is not None and self.blueprint is not None:

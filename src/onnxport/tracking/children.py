@@ -40,6 +40,9 @@ def children_of(model: Model) -> Iterator[tuple[str, Model]]:
             path=str(path),
             checks=variant.checks,
             metric_parity=variant.metric_parity,
+            bytes=variant.bytes,
+            placements=(),
+            latencies=tuple(one for one in variant.latencies if one.name != "parent"),
             seconds={"variant": variant.seconds},
             variants=(),
         )

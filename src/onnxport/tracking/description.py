@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from onnxport._files import size_of_model
 from onnxport.tracking.children import VARIANT
-from onnxport.tracking.package import DATA_SUFFIX
 from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from onnxport.tracking.base import Model
     from onnxport.tracking.run import Run
 
-__all__ = ["key_of", "log_metrics", "name_of", "params_of", "size_of", "tags_of"]
+__all__ = ["key_of", "log_metrics", "name_of", "params_of", "tags_of"]
 
 
+_CPU = "CPUExecutionProvider"
 _LONGEST_KEY = 250
 _LONGEST_VALUE = 6000
 """Characters that MLflow takes. Source: ``mlflow.utils.validation``, 3.17."""
@@ -66,12 +67,6 @@ def tags_of(model: Model) -> dict[str, str]:
     return tags | score_tags(score_of(model.origin, report.metric_parity))
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a model."""
-    files = (path, path.with_name(path.name + DATA_SUFFIX))
-    return sum(file.stat().st_size for file in files if file.exists())
-
-
 def log_metrics(client: Any, model: Model, logged: Any, run: Run) -> None:
     """Link the points that the logger wrote, and log our own metrics.
 
@@ -94,11 +89,12 @@ def log_metrics(client: Any, model: Model, logged: Any, run: Run) -> None:
     points = {
         f"{ours}max_abs_err": report.max_abs_error or 0.0,
         f"{ours}latency_ms_p50": _latency_ms(report),
-        f"{ours}size_mb": size_of(model.path) / 2**20,
+        f"{ours}size_mb": size_of_model(model.path) / 2**20,
         f"{ours}export_s": sum(
-            s for stage, s in report.seconds.items() if stage not in {"total", "stall"}
+            s for stage, s in report.seconds.items() if stage not in {"total", "stall", "latency"}
         ),
     }
+    points |= _latency_points(report, ours)
     if report.metric_parity is not None:
         for pair in report.metric_parity.metrics:
             points[_metric_key(f"{ours}{run.metric_prefix}{pair.name}")] = pair.onnx
@@ -146,9 +142,20 @@ def _point_at(history: Sequence[Any], value: float, step: int) -> Any:
 
 def _latency_ms(report: ExportReport) -> float:
     """Return the median of the proof's runs of the fewest rows on the CPU."""
-    runs = [check for check in report.checks if check.provider == "CPUExecutionProvider"]
+    runs = [check for check in report.checks if check.provider == _CPU]
     runs = runs or list(report.checks)
     fewest = min((prod(check.sizes.values()) for check in runs), default=0)
     return 1000 * median(
         [check.seconds for check in runs if prod(check.sizes.values()) == fewest] or [0.0]
     )
+
+
+def _latency_points(report: ExportReport, prefix: str) -> dict[str, float]:
+    """Return the medians that were measured, in ms; the name of the way is left out for the CPU."""
+    return {
+        f"{prefix}latency_ms_b{one.batch}"
+        + ("" if one.name == _CPU else f"_{one.name.removesuffix('ExecutionProvider').lower()}"): (
+            1000 * one.p50
+        )
+        for one in report.latencies
+    }

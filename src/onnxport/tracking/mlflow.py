@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from onnxport._files import require_inside
+from onnxport._files import require_inside, size_of_model
 from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
@@ -36,7 +36,6 @@ from onnxport.tracking.description import (
     log_metrics,
     name_of,
     params_of,
-    size_of,
     tags_of,
 )
 from onnxport.tracking.marks import mark
@@ -268,7 +267,7 @@ class MlflowTracker:
         """Give a logged model everything it should have; who sees it READY sees it whole."""
         from mlflow.entities import LoggedModelStatus
 
-        seconds = self._patience.request_s + size_of(model.path) // UPLOAD_BYTES_PER_S
+        seconds = self._patience.request_s + size_of_model(model.path) // UPLOAD_BYTES_PER_S
         with (
             tempfile.TemporaryDirectory(prefix="onnxport-") as folder,
             _fail_fast(seconds),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxport._files import DATA_SUFFIX
 from onnxport._optional import optional_import
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from onnxport.signature import TensorSpec
     from onnxport.tracking.base import Model
 
-__all__ = ["DATA_SUFFIX", "model_files_in_order", "model_signature", "package_model", "weights_of"]
+__all__ = ["model_files_in_order", "model_signature", "package_model", "weights_of"]
 
-MODEL, DATA_SUFFIX = "model.onnx", ".data"
+MODEL = "model.onnx"
 COMMIT_MARKER = "MLmodel"
 SESSION_OPTIONS = {
     # A server has a process for each core; if each of these took all cores, they would wait for

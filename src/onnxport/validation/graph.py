@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from onnxport.signature import ModelSignature, TensorSpec
 
-__all__ = ["check_graph"]
+__all__ = ["check_graph", "nodes_of_sizes"]
 
 _BFLOAT16 = onnx.TensorProto.BFLOAT16
 
@@ -92,3 +92,29 @@ def _check_value(value: onnx.ValueInfoProto, spec: TensorSpec) -> None:
 
 def _dtype_name(elem_type: int) -> str:
     return "bfloat16" if elem_type == _BFLOAT16 else str(tensor_dtype_to_np_dtype(elem_type).name)
+
+
+_ASK_SIZES = frozenset({"Shape", "Size"})
+_FILL = frozenset({"ConstantOfShape", "Expand", "RandomNormal", "RandomUniform"})
+"""What makes data of a size."""
+
+
+def nodes_of_sizes(path: Path) -> frozenset[str]:
+    """Return the names of the nodes that compute nothing but sizes of tensors.
+
+    They are few numbers, which providers with a memory of their own leave to the CPU on purpose.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {weight.name for weight in graph.initializer}
+    sizes: set[str] = set()
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants.update(node.output)
+            continue
+        inputs = {name for name in node.input if name}
+        from_sizes = bool(inputs & sizes) and inputs <= sizes | constants
+        if node.op_type in _ASK_SIZES or (from_sizes and node.op_type not in _FILL):
+            sizes.update(node.output)
+            found.add(node.name)
+    return frozenset(found)

@@ -25,6 +25,9 @@ def latencies(
     batch: int,
     budget_s: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    warm_up: int = WARM_UP,
+    least: int = LEAST,
 ) -> list[Latency]:
     """Measure several ways of running the same rows.
 
@@ -33,8 +36,10 @@ def latencies(
     Args:
         ways: What to run, by name; each runs once and waits for its result.
         batch: Rows of a run.
-        budget_s: For all of them together, in seconds; each runs five times at least.
+        budget_s: For all of them together, in seconds; that each runs ``least`` times comes first.
         clock: Gives seconds.
+        warm_up: Runs of each that do not count.
+        least: Runs of each that count; two at least.
 
     Returns:
         One result per way, in their order.
@@ -45,12 +50,12 @@ def latencies(
         ('nothing', 8, True)
     """
     for run in ways.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             run()
     times: dict[str, list[float]] = {name: [] for name in ways}
     end = clock() + budget_s
     for turn in range(MOST):
-        if turn >= LEAST and clock() >= end:
+        if turn >= least and clock() >= end:
             break
         for name, run in ways.items():
             begin = clock()

@@ -1,41 +1,40 @@
-"""ONNX Runtime: which execution providers really run, and a session that says what it got."""
+"""ONNX Runtime: a session on one execution provider, which says what it got."""
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from onnxport._optional import is_available, optional_import
-from onnxport.errors import VerificationError
+from onnxport.errors import ProviderError
+from onnxport.validation.provider_options import is_out_of_memory, memory_limit, options_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from onnxport.report import Check
 
 __all__ = [
     "CPU",
+    "PlacedNode",
     "PrepSessions",
     "Session",
-    "idle_providers",
+    "available_providers",
     "require_runtime",
-    "resolve_providers",
     "runtime_version",
 ]
 
 CPU = "CPUExecutionProvider"
-_ACCELERATORS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CoreMLExecutionProvider")
 _BOOL = 9
 """``TensorProto.BOOL``."""
+_LONGEST = 600
+"""Characters of what ONNX Runtime says."""
 _QUIET = 4
 """ONNX Runtime's log severity "fatal": what matters is raised or returned."""
-
-logger = logging.getLogger(__name__)
 
 
 def _runtime() -> Any:
@@ -62,46 +61,9 @@ def runtime_version() -> str:
     return str(_runtime().__version__)
 
 
-def resolve_providers(wanted: Literal["auto"] | Sequence[str]) -> tuple[str, ...]:
-    """Return the execution providers to prove on.
-
-    Args:
-        wanted: ``"auto"``: CPU and each accelerator provider that can really run a graph here;
-            or names, which are taken as they are (a session that cannot use one fails).
-    """
-    if wanted != "auto":
-        return tuple(wanted)
-    available = _runtime().get_available_providers()
-    return (CPU, *(name for name in _ACCELERATORS if name in available and _really_runs(name)))
-
-
-def idle_providers() -> tuple[str, ...]:
-    """Return the accelerator providers that the package holds and that cannot run here."""
-    available = _runtime().get_available_providers()
-    return tuple(name for name in _ACCELERATORS if name in available and not _really_runs(name))
-
-
-@lru_cache
-def _really_runs(provider: str) -> bool:
-    """Run a one-node graph: a listed provider may lack its device or libraries."""
-    import onnx
-
-    shape = [1]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Add", ["x", "x"], ["y"])],
-        "probe",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
-    )
-    opset = [onnx.helper.make_opsetid("", 17)]
-    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
-    try:
-        session = Session(model.SerializeToString(), provider)
-        session.run(("x",), (torch.ones(1),))
-    except Exception as error:  # noqa: BLE001 - each provider fails in its own way
-        logger.info("%s is listed by ONNX Runtime but does not run here: %s", provider, error)
-        return False
-    return True
+def available_providers() -> tuple[str, ...]:
+    """Return the execution providers that the installed package holds, whether they run or not."""
+    return tuple(_runtime().get_available_providers())
 
 
 _THREADS: list[int] = []
@@ -113,6 +75,14 @@ def use_threads(count: int) -> None:
     _THREADS[:] = [count]
 
 
+class PlacedNode(NamedTuple):
+    """A node of a graph, and the execution provider that has taken it."""
+
+    provider: str
+    operator: str
+    name: str
+
+
 class Session:
     """A model loaded in ONNX Runtime on one provider.
 
@@ -122,46 +92,76 @@ class Session:
         in_place: Use the weights where they lie, and the graph as it is. By default weights are
             fused and laid out anew, which needs a second copy of them and pays after many runs.
         spare: Threads that are idle besides, where :func:`use_threads` has set how many there are.
+        gpu_memory_mb: What the provider may take of a GPU's memory, in MiB; ``None``: a part of
+            what is free now.
 
     Raises:
-        VerificationError: If the model does not load, or another provider is used instead.
+        ProviderError: If the model does not load, or another provider is used instead.
     """
 
     def __init__(
-        self, model: Path | bytes, provider: str = CPU, *, in_place: bool = False, spare: int = 0
+        self,
+        model: Path | bytes,
+        provider: str = CPU,
+        *,
+        in_place: bool = False,
+        spare: int = 0,
+        gpu_memory_mb: int | None = None,
     ) -> None:
         ort = _runtime()
         if provider not in ort.get_available_providers():
-            raise VerificationError(_not_used(provider, ort.get_available_providers()))
+            raise ProviderError(_not_used(provider, ort.get_available_providers()))
+        threads = _THREADS[-1] + spare if _THREADS else None
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
-        if _THREADS:
-            options.intra_op_num_threads = _THREADS[-1] + spare
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if threads is not None:
+            options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:
+            # After a run its threads would take cores from whoever runs next, training included.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if in_place:
             options.add_session_config_entry("session.disable_prepacking", "1")
             # Fusions make new weights out of those that are there.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = False  # an arena is never given back
-        providers = [provider] if provider == CPU else [(provider, _exact(provider)), CPU]
-        try:
-            self._session = ort.InferenceSession(
+        told = options_for(provider, threads=threads, memory=memory_limit(provider, gpu_memory_mb))
+        providers = [provider] if provider == CPU else [(provider, told), CPU]
+        with _refusals(provider, "ONNX Runtime does not load the model"):
+            self._session: Any = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model),
                 options,
                 providers=providers,
                 enable_fallback=0,  # to the CPU, in silence and for good
             )
-        except Exception as error:  # ONNX Runtime's exceptions have no common public base
-            raise VerificationError(f"ONNX Runtime does not load the model: {error}") from error
         used = self._session.get_providers()
         if provider not in used:
-            raise VerificationError(_not_used(provider, used))
+            raise ProviderError(_not_used(provider, used))
         self.provider = provider
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs that the graph really has, in order."""
         return tuple(node.name for node in self._session.get_inputs())
+
+    def close(self) -> None:
+        """Give the memory back; an error that is kept would keep its frames, and the session."""
+        self._session = None
+
+    def placed(self) -> tuple[PlacedNode, ...]:
+        """Return which provider has taken which node of the graph.
+
+        ONNX Runtime notes it when it divides the graph, after it has folded constants and before
+        providers fuse what they have taken into nodes of their own. An ONNX Runtime that keeps no
+        such notes gives no nodes.
+        """
+        notes = getattr(self._session, "get_provider_graph_assignment_info", None)
+        return tuple(
+            PlacedNode(provider=part.ep_name, operator=node.op_type, name=node.name)
+            for part in (notes() if notes is not None else ())
+            for node in part.get_nodes()
+        )
 
     def run(
         self,
@@ -177,18 +177,16 @@ class Session:
             checks: Checks made so far, for the error.
 
         Raises:
-            VerificationError: If ONNX Runtime fails.
+            ProviderError: If ONNX Runtime fails.
         """
         wanted = set(self.input_names)
-        try:
+        with _refusals(self.provider, "ONNX Runtime fails", checks):
             feeds = {
                 name: self._ort_value(tensor)
                 for name, tensor in zip(names, tensors, strict=True)
                 if name in wanted
             }
             values = self._session.run_with_ort_values(None, feeds)
-        except Exception as error:  # ONNX Runtime's exceptions have no common public base
-            raise VerificationError(f"ONNX Runtime fails: {_short(error)}", checks) from error
         results = [_to_torch(value) for value in values]
         # An output that is an input comes back as the same memory, which is not the caller's.
         fed = {value.data_ptr() for value in feeds.values()}
@@ -232,11 +230,6 @@ def _not_used(provider: str, used: Sequence[str]) -> str:
     )
 
 
-def _exact(provider: str) -> dict[str, str]:
-    # TF32 keeps 10 bits of the mantissa: the proof is about the graph, not about that choice.
-    return {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
-
-
 def _to_torch(value: Any) -> torch.Tensor:
     """Take over a result: nothing is copied, for it may be as large as a weight."""
     if value.element_type() == _BOOL:  # DLPack's consumers do not agree on what it is
@@ -246,5 +239,29 @@ def _to_torch(value: Any) -> torch.Tensor:
     return tensor
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+@contextmanager
+def _refusals(provider: str, what: str, checks: tuple[Check, ...] = ()) -> Iterator[None]:
+    """Say why a session cannot be made or run; and whether its device had too little memory.
+
+    Raises:
+        ProviderError: If the block fails.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions have no common public base
+        # A traceback keeps the session, and its memory, for as long as the error is kept.
+        error.with_traceback(None)
+        text = " ".join(str(error).split())
+        if provider != CPU and is_out_of_memory(text):
+            advice = "Verify(gpu_memory_mb=) says how much it may take."
+            raise ProviderError(
+                f"{what}: too little memory. {advice} {_gist(text)}", checks, out_of_memory=True
+            ) from error
+        raise ProviderError(f"{what}: {_gist(text)}", checks) from error
+
+
+def _gist(text: str) -> str:
+    """Shorten a message: OpenVINO names the operator at its end, the others at the beginning."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

@@ -156,6 +156,9 @@ class OnnxExport(metaclass=FrameworkAware):
             calls that were seen). Each is proven, with a wider budget: a part of the largest value
             of each output, 0.01 for ``"fp16"`` and 0.15 for the others; a mapping of names to
             numbers says another. What fails is not there, and the report says why.
+        latency: Measure how long runs take, of the model on each provider and of the module, when
+            a graph is new, for ``True``: 3 s in all, or so many seconds. In the background that is
+            beside training and on few threads: compare the numbers with each other.
         mlflow: ``"auto"``: the run of the trainer's ``MLFlowLogger``, if there is one; ``True``: as
             ``"auto"``, but with a run of our own when there is none, at ``MLFLOW_TRACKING_URI`` or
             on sqlite under the trainer's root; ``False``; or :class:`~onnxport.MLflow`.
@@ -205,6 +208,7 @@ class OnnxExport(metaclass=FrameworkAware):
         verify: bool | Verify = True,
         validate_metrics: bool | int | Metrics = False,
         variants: Iterable[str] | Mapping[str, float] = (),
+        latency: bool | float = False,
         mlflow: Literal["auto"] | bool | MLflow = "auto",
         register: str | None = None,
         background: bool | Background = True,
@@ -238,6 +242,7 @@ class OnnxExport(metaclass=FrameworkAware):
             verify=verify,
             validate_metrics=validate_metrics,
             variants=variants,
+            latency=latency,
         )
         self._mlflow = read_mlflow(mlflow, register)
         self._sessions: dict[str, ExportSession] = {}
