@@ -50,6 +50,9 @@ def _own_memory(
 ) -> None:
     # Which rung won in another test or run must not decide what this one tries first.
     monkeypatch.setenv("ONNXPORT_CACHE_DIR", str(tmp_path_factory.mktemp("memory")))
+    # Drawing a page takes seconds; the tests of it ask for one.
+    if "ONNXPORT_PAGE" not in os.environ:
+        monkeypatch.setenv("ONNXPORT_PAGE", "0")
     # A worker's start takes seconds; what is not about the worker needs none.
     everywhere = "ONNXPORT_TEST_WORKER" in os.environ
     if request.node.get_closest_marker("worker") is None and not everywhere:

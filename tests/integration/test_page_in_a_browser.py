@@ -12,8 +12,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from real_run import trained, write_history
 from playwright.sync_api import sync_playwright
+from real_run import trained, write_history
 from reports import at, measured
 
 from onnxport.page.document import render, write_page

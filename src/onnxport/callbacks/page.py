@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport._optional import is_available
@@ -17,6 +16,7 @@ from onnxport.page.history import HISTORY, append
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from onnxport.report import ExportReport, Provenance
 
@@ -25,6 +25,7 @@ __all__ = ["PAGE", "RunPage", "pages_are_wanted"]
 logger = logging.getLogger(__name__)
 
 PAGE = "onnxport.html"
+"""Name of the page."""
 PAUSE_S = 60.0
 """How long a page stays as it is, at least, while training goes on."""
 VARIABLE = "ONNXPORT_PAGE"
@@ -85,7 +86,7 @@ class RunPage:
             self._stale = True
             self._collect()
             if self._process is None and time.monotonic() - self._begun >= PAUSE_S:
-                self._draw()
+                self._draw("--nice")
 
     def finish(self, limit_s: float) -> None:
         """Training is over: wait for a page that shows all of it.
@@ -96,8 +97,8 @@ class RunPage:
         end = time.monotonic() + limit_s
         self._wait(end)
         with self._lock:
-            if self._stale:
-                self._draw()
+            if self._stale and self._process is None:
+                self._draw()  # training is over: nobody has to be let go first
         self._wait(end)
         with self._lock:
             if self._process is not None:
@@ -126,12 +127,12 @@ class RunPage:
         else:
             logger.debug("The page was not drawn: exit code %s", code)
 
-    def _draw(self) -> None:
+    def _draw(self, *options: str) -> None:
         if not self._draws:
             return
         self._stale, self._begun = False, time.monotonic()
         # Of its own session: Ctrl-C is meant for training.
-        command = [sys.executable, "-m", "onnxport.page", str(self._folder), "--nice"]
+        command = [sys.executable, "-m", "onnxport.page", str(self._folder), *options]
         try:
             self._process = subprocess.Popen(  # noqa: S603 # nosec - see the import
                 command,

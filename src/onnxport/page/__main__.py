@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m onnxport.page", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help=f"the page; FOLDER/{PAGE} if not given")
+    parser.add_argument("--nice", action="store_true", help="let everybody else go first")
     given = parser.parse_args()
+    if given.nice and hasattr(os, "nice"):
+        os.nice(19)
     try:
         write_page(history_of(given.folder), given.output or given.folder / PAGE)
     except (OnnxportError, OSError) as error:

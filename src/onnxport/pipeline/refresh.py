@@ -132,9 +132,7 @@ def _doubts(job: ExportJob) -> tuple[str, ...]:
     return (NO_NUMBER,) if numberless else ()
 
 
-def _prove(
-    blueprint: Blueprint, job: ExportJob, staged: Path
-) -> tuple[Verdict, tuple[Case, ...]]:
+def _prove(blueprint: Blueprint, job: ExportJob, staged: Path) -> tuple[Verdict, tuple[Case, ...]]:
     """Compare with what the live module gave; if that says too little or no, with the module.
 
     Raises:
