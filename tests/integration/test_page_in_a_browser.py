@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, Page
 
-pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.timeout(900),  # a browser among other tests gets little of a small machine
+]
 
 AXE = files("axe_playwright_python") / "axe.min.js"
 DRAWN = "html[data-charts=drawn]"
@@ -40,7 +44,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONNXPORT_BACKGROUND", "0")
         patch.setenv("ONNXPORT_CACHE_DIR", str(folder.parent))
-        reports = trained(folder, epochs=3, layers=2)
+        reports = trained(folder, epochs=3, layers=1)
     assert all(report.ok for report in reports), reports
     write_history(folder, measured(reports))
     write_page(history_of(folder), folder / "onnxport.html")

@@ -78,7 +78,8 @@ def test_the_wheel_has_all_files_and_no_others(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith("onnxport-")}
     source = ROOT / "src"
-    sources = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    templates = (source / "onnxport" / "page" / "templates").iterdir()
+    sources = {str(path.relative_to(source)) for path in (*source.rglob("*.py"), *templates)}
     assert names - {"onnxport/py.typed"} == sources
 
 

@@ -76,9 +76,17 @@ def _stage_traces(names: Sequence[str], drawn: Sequence[ExportReport]) -> list[d
     ]
     waiting = [_waiting(report, names) for report in drawn]
     if any(waiting):
-        marker = {"color": "--grid"}
+        # Switched on by who asks for it: the first model waits for the worker's start, and beside
+        # that nothing else could be seen.
         traces.append(
-            {"type": "bar", "name": "waiting", "x": places, "y": waiting, "marker": marker}
+            {
+                "type": "bar",
+                "name": "waiting",
+                "x": places,
+                "y": waiting,
+                "marker": {"color": "--faint"},
+                "visible": "legendonly",
+            }
         )
     return traces
 
