@@ -59,7 +59,7 @@ class RunPage:
         self._ready = ready
         self._lock = threading.RLock()  # a signal's handler may save while it is held
         self._process: subprocess.Popen[bytes] | None = None
-        self._begun = -PAUSE_S
+        self._begun = time.monotonic()
         self._stale = self._refused = False
         self._draws = is_available("plotly") and is_available("jinja2")
         if anew:
@@ -94,28 +94,30 @@ class RunPage:
         Args:
             limit_s: How long at most, in seconds.
         """
-        end = time.monotonic() + limit_s
-        self._wait(end)
         with self._lock:
-            if self._stale and self._process is None:
-                self._draw()  # training is over: nobody has to be let go first
-        self._wait(end)
-        with self._lock:
-            if self._process is not None:
-                logger.warning(
-                    "The page of this run took too long: `onnxport report %s`", self._folder
-                )
-                self._process.kill()
-                self._process.wait()
-                self._process = None
-
-    def _wait(self, end: float) -> None:
-        process = self._process
+            self._collect()
+            if self._end():  # it lets everybody go first, and nobody is there any more
+                self._stale = True
+            if self._stale:
+                self._draw()
+            process = self._process
         if process is not None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
-            with self._lock:
-                self._collect()
+                process.wait(limit_s)
+        with self._lock:
+            self._collect()
+            if self._end():
+                text = "The page of this run took too long; `onnxport report %s` draws it."
+                logger.warning(text, self._folder)
+
+    def _end(self) -> bool:
+        """End the process, if there is one."""
+        if self._process is None:
+            return False
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        return True
 
     def _collect(self) -> None:
         """Look whether a page is there."""

@@ -22,8 +22,8 @@ def parity(run: RunHistory) -> Section:
         return Section(
             name="parity",
             title="Validation with the ONNX model",
-            missing="not measured; OnnxExport(metrics=True) runs the module's own validation "
-            "with PyTorch and with the model.",
+            missing="not measured; OnnxExport(validate_metrics=True) runs the module's own "
+            "validation with PyTorch and with the model.",
         )
     verdict = (
         "No metric is worse than allowed." if found.ok else f"Worse than allowed: {found.reason}"

@@ -796,7 +796,8 @@ class OnnxExport(metaclass=FrameworkAware):
                 self._outbox.drain(max(0.0, limit_s), lambda _: None)
         if self._page is not None:  # by now it can say what the server holds
             with _never_raises("the page of the run"):
-                self._page.finish(min(PAGE_S, end - time.monotonic()))
+                left = PAGE_S if self.background is None else end - time.monotonic()
+                self._page.finish(min(PAGE_S, max(0.0, left)))
         if self._outbox is not None:
             with _never_raises("the end of tracking"):
                 self._outbox.drain(max(0.0, end - time.monotonic()), lambda _: None)
