@@ -40,7 +40,8 @@ OPENVINO_HEAD = """\
 
 def main() -> None:
     """Ask pip, and write."""
-    wanted = ["-c", "constraints.txt", "-e", ".[all]", "--group", "test", "--group", "lint", *TOOLS]
+    wanted = ["-c", "constraints.txt", "-e", ".[all]", "--group", "test", "--group", "lint"]
+    wanted += ["--group", "docs", *TOOLS]
     LOCK.write_text(HEAD + _locked(wanted), encoding="utf-8")
     OPENVINO.write_text(OPENVINO_HEAD + _locked(OPENVINO_WANTED), encoding="utf-8")
 

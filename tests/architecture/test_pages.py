@@ -33,6 +33,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONNXPORT_BACKGROUND", "0")
+        patch.setenv("ONNXPORT_PAGE", "0")
         patch.setenv("ONNXPORT_CACHE_DIR", str(folder / "memory"))
         return read_elsewhere(QUICK, folder)
 

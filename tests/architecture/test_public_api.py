@@ -22,6 +22,7 @@ PUBLIC = [
     "InputInferenceError",
     "Inputs",
     "MLflow",
+    "Metrics",
     "MissingDependencyError",
     "OnnxExport",
     "OnnxportError",

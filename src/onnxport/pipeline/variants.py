@@ -186,7 +186,8 @@ def _why_not(variant: Variant) -> str | None:
     for check in variant.checks:
         for output in check.outputs:
             if not output.ok:
-                return f"Output {output.name!r}: {output.reason} (at {dict(check.sizes)})."
+                where = ", ".join(f"{name}={size}" for name, size in check.sizes.items())
+                return f"Output {output.name!r}, {where or 'as seen'}: {output.reason}."
     if not variant.checks:
         return "There is nothing to compare it with."
     parity = variant.metric_parity
