@@ -29,6 +29,7 @@ __all__ = [
     "UNTOLD",
     "Ticket",
     "ending_of",
+    "folder_to_start_in",
     "hidden_below",
     "identity_of",
     "is_there",
@@ -215,6 +216,19 @@ def _lock(file: BinaryIO) -> bool:
     except OSError:
         return False
     return True
+
+
+def folder_to_start_in() -> str | None:
+    """Return where a process of ours should start; ``None``: where this one is.
+
+    The current folder may have been removed, and libraries that look for themselves find nothing
+    then: Intel's MKL ends the process.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109 - of interest is whether it raises
+    except OSError:
+        return os.sep
+    return None
 
 
 def size_of_model(path: Path) -> int:

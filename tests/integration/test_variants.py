@@ -16,7 +16,7 @@ import zoo
 from mlflow import MlflowClient
 from torch import nn
 
-from onnxport import ConfigurationError, Metrics, MLflow, OnnxExport
+from onnxport import ConfigurationError, Metrics, MLflow, OnnxExport, export
 from onnxport.config import ExportOptions
 from onnxport.exporter.ownership import read_metadata
 from onnxport.exporter.writer import variant_files, variant_path
@@ -130,6 +130,13 @@ def test_what_is_too_far_off_is_not_there(tmp_path: Path) -> None:
         assert any("no fp16 variant" in text for text in report.warnings)
         assert report.ok
     assert not list(tmp_path.rglob("*.fp16.onnx"))
+
+
+def test_a_new_model_has_no_children_of_an_older_one(tmp_path: Path) -> None:
+    path, net = tmp_path / "net.onnx", nn.Linear(64, 8)
+    for variants, left in ((("int8", "fp16"), 3), ({"int8": 1e-9}, 1), (("fp16",), 2), ((), 1)):
+        export(net, torch.randn(8, 64), path, core="trace", variants=variants)
+        assert len(list(tmp_path.glob("*.onnx"))) == left
 
 
 def test_their_metrics_decide_too(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from onnxport.report import Provenance
 from onnxport.tree import Example
 from onnxport.worker import aside, client
 from onnxport.worker.client import Order, Worker
+from onnxport.worker.process import WorkerProcess
 from onnxport.worker.protocol import Done, SentJob, WeightsFile
 
 if TYPE_CHECKING:
@@ -250,6 +251,21 @@ def test_an_order_that_is_dropped_while_it_is_put_aside_leaves_nothing(
     until(lambda: not Path(f"/proc/self/fd/{copies[0]}").exists())
     assert [one.weights for one in orders] == [None] * 5
     assert results == []
+
+
+def test_a_worker_starts_where_the_current_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    process = WorkerProcess(Background(), [])
+    try:
+        assert Path(f"/proc/{process.pid}/cwd").resolve() == Path("/")
+        assert Path(f"/proc/{process.pid}").exists()
+    finally:
+        process.kill()
 
 
 def test_deaths_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:

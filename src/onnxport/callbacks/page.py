@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from onnxport._files import folder_to_start_in
 from onnxport._optional import is_available
 from onnxport.page.history import HISTORY, append
 
@@ -141,6 +142,7 @@ class RunPage:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                cwd=folder_to_start_in(),
                 start_new_session=True,
             )
         except OSError:

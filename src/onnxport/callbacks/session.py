@@ -186,7 +186,7 @@ class ExportSession:
         self._fallback = fallback
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
-        self._recovered = False
+        self._recovered = self._looks_away = False
         self._id = secrets.token_hex(4)
         self._folders: set[Path] = set()
         self._latest: dict[Path, _Begun] = {}
@@ -220,6 +220,7 @@ class ExportSession:
             step: Runs the step on a copy of the module with a copy of the batch. It is used where
                 ``torch.compile`` hides the calls of the module itself, and for methods.
         """
+        self._look_on()
         if not self._observer.active:
             return
         try:
@@ -238,8 +239,20 @@ class ExportSession:
             with torch.inference_mode(False), torch.no_grad():
                 self._observer.rehearse(copy, batch, lambda: step(copy, batch), hurry=hurry)
 
+    def _look_away(self) -> None:
+        """Take the hooks off until the next batch: a checkpoint may hold the module as it is."""
+        if self._observer.active:
+            self._observer.stop()
+            self._looks_away = True
+
+    def _look_on(self) -> None:
+        if self._looks_away:
+            self._looks_away = False
+            self._observer.start()
+
     def stop_observing(self) -> None:
         """Remove the hooks, if a call was seen."""
+        self._look_on()
         if self._observer.choose() is not None:
             self._observer.stop()
 
@@ -475,6 +488,7 @@ class ExportSession:
             path: Where the model will lie.
             checkpoint: The checkpoint.
         """
+        self._look_away()
         if not self._is_elsewhere(path):
             self._withdraw(path, checkpoint)
 
@@ -546,6 +560,7 @@ class ExportSession:
             tell: Called now and then with what is being done for each of them.
         """
         self._observer.stop()
+        self._looks_away = False
         self._kept.over = True
         for path in dict.fromkeys(self._runner.wait(limit_s, tell)):
             if path in self._given_up:
@@ -580,6 +595,7 @@ class ExportSession:
             best: The model of the best checkpoint, if known.
         """
         self._observer.stop()
+        self._looks_away = False
         self._runner.close()
         self._try_again()
         sweep(self._folders)

@@ -321,6 +321,7 @@ def publish(staged: Path, final: Path) -> None:
             somebody else has that name; nothing of ours has the final name then.
     """
     require_replaceable(final)
+    _drop_variants(final)
     staged_data, final_data = (path.with_name(path.name + DATA_SUFFIX) for path in (staged, final))
     try:
         with ExitStack() as undo:
@@ -334,6 +335,19 @@ def publish(staged: Path, final: Path) -> None:
                 final_data.unlink(missing_ok=True)
             sync_file(final.parent)
             undo.pop_all()
+    except OSError as error:
+        raise PublishError(_not_written(final, error)) from error
+
+
+def _drop_variants(final: Path) -> None:
+    """Remove the children of an older model: they would be of other weights than the new one.
+
+    Raises:
+        PublishError: If the disk does not let them go.
+    """
+    try:
+        for file in variant_files(final):
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise PublishError(_not_written(final, error)) from error
 

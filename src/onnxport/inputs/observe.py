@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from onnxport._torch_compat import compiled_graphs, is_compiled_forward, plain_name
 from onnxport.inputs.record import Recorder, address
@@ -36,9 +37,6 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-_OBSERVES = "_onnxport_observes"
-"""Marks our hooks: a copy of the module is made without them, see ``exporter.hooks``."""
-
 _pauses: list[None] = []
 
 
@@ -54,6 +52,36 @@ def unobserved() -> Iterator[None]:
 
 def _is_paused() -> bool:
     return bool(_pauses)
+
+
+class _Hook:
+    """A hook that is nothing to whoever saves the module: hyperparameters may hold it.
+
+    A local function could not be pickled, and the save would end training.
+
+    Args:
+        function: What the hook does.
+    """
+
+    _onnxport_observes = True
+    """A copy of the module is made without it, see ``exporter.hooks``."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> None:
+        self._function(*given)
+
+    def __copy__(self) -> _Hook:
+        return self
+
+    def __deepcopy__(self, _: Any) -> _Hook:
+        return self
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Takes anything and does nothing, and whoever reads it needs nothing but Python.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _Seen(BaseException):
@@ -224,12 +252,9 @@ class Observer:
             if not torch.compiler.is_compiling() and not _is_paused() and self._inside:
                 self._inside.pop()
 
-        for hook in (before, after):
-            setattr(hook, _OBSERVES, True)
-
         # First of all hooks: what the user's own hooks change is part of the module.
-        yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        yield module.register_forward_hook(after, always_call=True)
+        yield module.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=True)
+        yield module.register_forward_hook(_Hook(after), always_call=True)
 
     def _record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self._recorders.setdefault(name, Recorder())

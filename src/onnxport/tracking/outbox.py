@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxport._events import event
-from onnxport._files import is_there, read_small
+from onnxport._files import folder_to_start_in, is_there, read_small
 from onnxport._signals import held_back
 from onnxport.report import TrackingRecord
 from onnxport.tracking.base import without_password
@@ -402,6 +402,7 @@ class ProcessOutbox(_Noted):
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     text=True,
+                    cwd=folder_to_start_in(),
                     start_new_session=True,
                 )
             self._process = process

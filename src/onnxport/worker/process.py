@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from onnxport._events import event
+from onnxport._files import folder_to_start_in
 from onnxport._signals import held_back
 from onnxport.errors import WorkerError
 from onnxport.worker.protocol import Ready, Setup, receive, send
@@ -66,6 +67,7 @@ class WorkerProcess:
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
                     env=environment,
+                    cwd=folder_to_start_in(),
                     start_new_session=True,
                 )
             undo.pop_all()
