@@ -10,6 +10,7 @@ benchmark (``make coverage`` installs them). Results go to ``benchmarks/results/
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -22,13 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from onnxport import OnnxExport
+from onnxport.callbacks.lightning.names import framework_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "onnx", "onnxruntime")
 SPLIT = 120
 """Steps of a series before its validation."""
-Made = tuple[pl.LightningModule, Any, Any]
+Made = tuple[Any, Any, Any]
 
 
 def series() -> pd.DataFrame:
@@ -133,15 +133,17 @@ def run(make: Callable[[], Made]) -> dict[str, Any]:
     """Train a module, and return what was compared."""
     torch.manual_seed(0)
     module, train, validate = make()
+    framework = importlib.import_module(str(framework_of(type(module))))
+    callbacks = importlib.import_module(f"{framework.__name__}.callbacks")
     export = OnnxExport(validate_metrics=True, mlflow=False, page=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
+        trainer = framework.Trainer(
             max_epochs=2,
             max_steps=-1,
             accelerator="cpu",
             logger=False,
             default_root_dir=folder,
-            callbacks=[export, ModelCheckpoint(folder, save_top_k=-1)],
+            callbacks=[export, callbacks.ModelCheckpoint(folder, save_top_k=-1)],
             enable_progress_bar=False,
             enable_model_summary=False,
         )
