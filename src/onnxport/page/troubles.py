@@ -26,6 +26,8 @@ ADVICE = {
     'and the line of your own code. preflight="raise" ends training in the first minute instead.',
     "OX400": "Look at the run that failed: its sizes, its provider, its rows. "
     "Verify(tolerance=Tolerance(...)) widens the budget, if you know why.",
+    "OX410": "`onnxport doctor` shows which providers run. Too little memory: "
+    "Verify(gpu_memory_mb=). A provider that you do not serve with can be left out.",
     "OX500": "Free space, or give another folder with dirpath=. The next fit makes the model, or "
     "onnxport resume FOLDER.",
     "OX600": "Background(memory_gb=, stage_timeout_s=, drain_s=) say how much the worker may use. "

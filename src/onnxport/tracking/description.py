@@ -150,7 +150,7 @@ def _latency_ms(report: ExportReport) -> float:
     )
 
 
-def _latency_points(report: ExportReport, prefix: str) -> dict[str, float]:
+def _latency_points(report: ExportReport, prefix: str = "onnx/") -> dict[str, float]:
     """Return the medians that were measured, in ms; the name of the way is left out for the CPU."""
     return {
         f"{prefix}latency_ms_b{one.batch}"

@@ -798,9 +798,10 @@ class OnnxExport(metaclass=FrameworkAware):
             with _never_raises("the page of the run"):
                 left = PAGE_S if self.background is None else end - time.monotonic()
                 self._page.finish(min(PAGE_S, max(0.0, left)))
+                if self._outbox is not None:
+                    self._outbox.drain(max(0.0, end - time.monotonic()), lambda _: None)
         if self._outbox is not None:
             with _never_raises("the end of tracking"):
-                self._outbox.drain(max(0.0, end - time.monotonic()), lambda _: None)
                 self._outbox.close("FAILED" if self._failed else "FINISHED")
 
     def _raise_failure(self, trainer: Any) -> None:
