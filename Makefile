@@ -52,7 +52,7 @@ demo: $(STAMP)
 	 echo "onnxport: make demo took $$(( $$(date +%s) - start )) s"
 
 test: $(STAMP) $(OPENVINO_STAMP)
-	@start=$$(date +%s); $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) && \
+	@start=$$(date +%s); $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS) && \
 	 echo "onnxport: tests in tests/, make test took $$(( $$(date +%s) - start )) s"
 
 # Another ONNX Runtime of the same module name, in a folder that some tests put before the first.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.integration
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.worker
 @pytest.mark.timeout(1800)
 def test_the_tutorial_does_what_it_shows(tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ class Deadly(Measured):
         super().validation_step(batch, batch_idx, dataloader_idx)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_validation_that_ends_the_worker_costs_no_model(tmp_path: Path) -> None:
     [report, *_] = made(Deadly(), tmp_path, background=Background())
