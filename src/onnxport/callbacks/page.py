@@ -85,9 +85,10 @@ class RunPage:
                 self._refused = True
                 return
             self._stale = True
-            self._collect()
+            drawn = self._collect()
             if self._process is None and time.monotonic() - self._begun >= PAUSE_S:
                 self._draw("--nice")
+        self._show(drawn)
 
     def finish(self, limit_s: float) -> None:
         """Training is over: wait for a page that shows all of it.
@@ -96,20 +97,27 @@ class RunPage:
             limit_s: How long at most, in seconds.
         """
         with self._lock:
-            self._collect()
+            drawn = self._collect()
             if self._end():  # it lets everybody go first, and nobody is there any more
                 self._stale = True
             if self._stale:
                 self._draw()
             process = self._process
+        self._show(drawn)
         if process is not None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(limit_s)
         with self._lock:
-            self._collect()
+            drawn = self._collect()
             if self._end():
                 text = "The page of this run took too long; `onnxport report %s` draws it."
                 logger.warning(text, self._folder)
+        self._show(drawn)
+
+    def _show(self, drawn: bool) -> None:
+        """Hand a page out, without the lock: whoever takes it may be about to add a report."""
+        if drawn:
+            self._ready(self._folder / PAGE)
 
     def _end(self) -> bool:
         """End the process, if there is one."""
@@ -120,15 +128,14 @@ class RunPage:
         self._process = None
         return True
 
-    def _collect(self) -> None:
-        """Look whether a page is there."""
+    def _collect(self) -> bool:
+        """Tell whether a page has been drawn meanwhile."""
         if self._process is None or self._process.poll() is None:
-            return
+            return False
         code, self._process = self._process.returncode, None
-        if code == 0:
-            self._ready(self._folder / PAGE)
-        else:
+        if code:
             logger.debug("The page was not drawn: exit code %s", code)
+        return code == 0
 
     def _draw(self, *options: str) -> None:
         if not self._draws:

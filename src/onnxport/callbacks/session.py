@@ -208,7 +208,10 @@ class ExportSession:
         """Put a report on the page; a trial has no place there."""
         origin = self._origins.get(place)
         if self._page is not None and origin is not None:
-            self._page.add(report, origin)
+            try:
+                self._page.add(report, origin)
+            except Exception:  # a page is no reason to lose what became of a model
+                logger.exception("%s is not on the page of the run.", report.path)
 
     # --- what the adapter tells -------------------------------------------------------------
 

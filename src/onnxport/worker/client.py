@@ -423,10 +423,12 @@ class Worker:
                     return _without_some(message, skip)
                 if isinstance(message, StageBegun):
                     order.stage = message.stage
+                    if message.rung == VALIDATE and rung is not None:
+                        self._proven.add((job.session, rung))  # its model is validated
                     rung = message.rung if message.stage in {"export", VALIDATE} else rung
         except WorkerError:
             # A rung that has made a model is not what ends the worker: somebody else does.
-            innocent = (job.session, rung) in self._proven
+            innocent = rung != VALIDATE and (job.session, rung) in self._proven
             if rung is not None and not innocent and not order.dropped:
                 order.job = replace(job, skip=job.skip | {rung})
                 self._deadly[job.session, rung] += 1
