@@ -45,6 +45,7 @@ OWED, UNTOLD, REFUSED = ".pending", ".tracking", ".refused"
 NOTES = (OWED, UNTOLD, REFUSED)
 """Hidden files beside a model: it is still to be made; a server is still to be told of it. Beside a
 checkpoint: the folder of its model has refused the first."""
+PAGE_SUFFIX = ".html"
 BEGUN = ".tmp"
 DATA_SUFFIX = ".data"
 """Behind the name of a model: its weights, where they lie outside of it."""
@@ -175,7 +176,7 @@ def replace_content(path: Path, content: bytes) -> None:
         OSError: If the disk does not take it.
         FileNotFoundError: If there is no such folder.
     """
-    begun = path.with_name(f"{path.name}{BEGUN}")
+    begun = path.with_name(f".{path.name.lstrip('.')}{BEGUN}")
     for tries_left in reversed(range(_TRIES)):
         try:
             with begun.open("wb") as file:
@@ -200,7 +201,7 @@ def sweep_begun(folder: Path) -> None:
         folder: Where; not below.
     """
     for begun in folder.glob(f".*{BEGUN}"):
-        if not begun.name.removesuffix(BEGUN).endswith(NOTES):
+        if not begun.name.removesuffix(BEGUN).endswith((*NOTES, PAGE_SUFFIX)):
             continue
         with suppress(OSError), begun.open("rb") as file:
             if _lock(file):

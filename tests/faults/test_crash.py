@@ -53,7 +53,7 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Train on a disk that writes down what it does."""
     root = tmp_path_factory.mktemp("recorded")
     with mounted(root) as disk:
-        export = OnnxExport(mlflow=False, core="trace", background=request.param)
+        export = OnnxExport(mlflow=False, core="trace", background=request.param, page=True)
         run = train(disk.folder / "c", export, steps=STEPS)
         assert run.error is None
         assert tuple(run.losses) == undisturbed(STEPS)

@@ -40,7 +40,8 @@ def test_what_a_killed_process_has_begun_is_swept_and_what_another_writes_is_not
         tmp_path / f"{name}.tmp"
         for name in (".a.onnx.pending", ".b.onnx.tracking", "of somebody else")
     )
-    for file in (left, busy, other):
+    page = tmp_path / ".onnxport.html.tmp"
+    for file in (left, busy, other, page):
         file.write_bytes(b"half")
     script = (
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX);"

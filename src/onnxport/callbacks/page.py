@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from onnxport._files import folder_to_start_in
+from onnxport._files import folder_to_start_in, sweep_begun
 from onnxport._optional import is_available
 from onnxport.page.history import HISTORY, append
 
@@ -63,8 +63,9 @@ class RunPage:
         self._begun = time.monotonic()
         self._stale = self._refused = False
         self._draws = is_available("plotly") and is_available("jinja2")
-        if anew:
-            with suppress(OSError):
+        with suppress(OSError):
+            sweep_begun(folder)
+            if anew:
                 (folder / HISTORY).unlink(missing_ok=True)
 
     def add(self, report: ExportReport, origin: Provenance) -> None:
