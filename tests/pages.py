@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from servers import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -81,14 +83,6 @@ def matches(expected: str, printed: str) -> bool:
         else:
             pattern += re.escape(line.rstrip()).replace(r"\.\.\.", r"[^\n]*?") + r"[ ]*\n"
     return re.fullmatch(pattern, printed.rstrip() + "\n") is not None
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    import socket
-
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Reader:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import pydoc
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import pytest
@@ -90,6 +91,21 @@ def test_the_class_is_a_callback_before_anything_is_made_of_it() -> None:
     path = f"{onnxport.OnnxExport.__module__}.{onnxport.OnnxExport.__qualname__}"
     assert pydoc.locate(path) is onnxport.OnnxExport
     assert pickle.loads(pickle.dumps(onnxport.OnnxExport)) is onnxport.OnnxExport  # noqa: S301
+
+
+def test_editors_are_shown_its_arguments() -> None:
+    expected = inspect.signature(OnnxExport.__init__).parameters
+    shown = inspect.signature(OnnxExport).parameters
+    assert ["self", *shown] == list(expected)
+    assert shown["when"] == expected["when"]
+    assert inspect.signature(type(OnnxExport())).parameters == shown
+
+    class Other(OnnxExport):
+        def __init__(self, mine: int, **options: Any) -> None:
+            super().__init__(**options)
+            self.mine = mine
+
+    assert list(inspect.signature(Other).parameters) == ["mine", "options"]
 
 
 def test_whatever_was_made_of_it_at_whatever_time_is_an_instance_of_it() -> None:

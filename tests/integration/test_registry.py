@@ -8,16 +8,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from servers import free_port
 
 from onnxport.config import MLflow
 from onnxport.errors import TrackingError
 from onnxport.report import TrackingRecord
-from onnxport.tracking import registry
+from onnxport.tracking import promote, registry, rollback
 from onnxport.tracking.base import RunAddress
 from onnxport.tracking.mlflow import MlflowTracker
 from onnxport.tracking.promotion import Score, score_tags
@@ -257,3 +259,21 @@ def test_removing_what_was_never_told_starts_no_run(store: str) -> None:
     address = RunAddress(uri=store, fit="none", options=MLflow())
     MlflowTracker(address).remove("a place")
     assert MlflowClient(store).get_experiment_by_name("onnxport") is None
+
+
+@pytest.mark.parametrize("decide", [partial(promote, version=1), rollback])
+def test_people_are_told_at_once_that_a_server_is_down(
+    decide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    asked = pytest.importorskip("mlflow").MlflowClient
+    monkeypatch.setattr(asked, "get_registered_model", lambda *_: pytest.fail("it was called"))
+    with pytest.raises(TrackingError, match=rf"{uri} is not used: .*refused"):
+        decide("n", tracking_uri=uri)
+
+
+def test_a_registry_may_be_elsewhere(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(store)
+    runs.run(0.5)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", store)
+    assert promote("n", 1, tracking_uri=f"http://127.0.0.1:{free_port()}") == 1

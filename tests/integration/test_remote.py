@@ -74,6 +74,33 @@ def test_models_lie_beside_their_checkpoints(background: bool, bucket: str, tmp_
     assert not list(tmp_path.parent.rglob("memory:*"))  # a URL is no local name
 
 
+def test_variants_lie_beside_their_models(bucket: str, tmp_path: Path) -> None:
+    system, path = fsspec.core.url_to_fs(bucket)
+    system.makedirs(path)
+    system.pipe_file(f"{path}/epoch=3.int8.onnx", b"of somebody else")
+    export, _ = train(tmp_path, bucket, variants={"fp16": 0.5, "int8": 0.9})
+    kept = {str(report.checkpoint): report for report in export.reports if report.ok}
+    left = stems(bucket, ".onnx") - {"epoch=3.int8"}
+    checkpoints = stems(bucket, ".ckpt")
+    assert left == {stem + end for stem in checkpoints for end in ("", ".fp16", ".int8")} - {
+        "epoch=3.int8"
+    }
+    for stem in checkpoints:
+        report = kept[f"{bucket}/{stem}.ckpt"]
+        for variant in report.variants:
+            if f"{stem}.{variant.name}" in left:
+                assert variant.path == f"{bucket}/{stem}.{variant.name}.onnx"
+                model = tmp_path / "fetched.onnx"
+                system.get_file(f"{path}/{stem}.{variant.name}.onnx", str(model))
+                assert model.stat().st_size == variant.bytes
+                of_model = read_metadata(model)
+                assert of_model["weights_sha256"] == report.weights_sha256
+            else:
+                assert variant.path is None
+                assert "was not written by onnxport" in str(variant.error)
+    assert system.cat_file(f"{path}/epoch=3.int8.onnx") == b"of somebody else"
+
+
 def test_the_best_model_at_the_end(bucket: str, tmp_path: Path) -> None:
     export, _ = train(tmp_path, bucket, when="end")
     (report,) = export.reports

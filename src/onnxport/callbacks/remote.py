@@ -13,19 +13,23 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from onnxport._files import DATA_SUFFIX, is_there
+from onnxport.config import VARIANTS
 from onnxport.errors import PublishError
-from onnxport.exporter.writer import REPORT_SUFFIX, model_files, report_path
+from onnxport.exporter.writer import REPORT_SUFFIX, model_files, report_path, variant_path
 from onnxport.pipeline.report_files import save_report
 from onnxport.report import ExportReport
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
+
+    from onnxport.report import Variant
 
 __all__ = ["RemoteModels", "is_remote", "remote_exists", "short_name"]
 
@@ -114,8 +118,13 @@ class RemoteModels:
         placed = replace(report, path=url)
         try:
             self._require_ours(url)
+            self._remove_variants(url)
+            placed = replace(placed, variants=tuple(self._placed(url, report.variants)))
             save_report(placed, model)
             self._put_all(model, url)
+            for variant in placed.variants:
+                if variant.path is not None:
+                    self._put(variant_path(model, variant.name), variant.path)
         except Exception as error:  # any file system, with errors of its own
             logger.debug("%s could not be put there", url, exc_info=True)
             placed = replace(
@@ -160,6 +169,7 @@ class RemoteModels:
             report = self._report(url)
             if report is None or checkpoint not in {None, report.checkpoint}:
                 return
+            self._remove_variants(url)
             for suffix in ("", DATA_SUFFIX, REPORT_SUFFIX):
                 self._remove(f"{url}{suffix}")
         except Exception as error:  # noqa: BLE001 - as above
@@ -177,6 +187,27 @@ class RemoteModels:
         self._put(model, url)
         if data not in files:
             self._remove(f"{url}{DATA_SUFFIX}")
+
+    def _placed(self, url: str, variants: Iterable[Variant]) -> Iterator[Variant]:
+        """Say where the variants of a model will lie; those whose name is taken, nowhere."""
+        for variant in variants:
+            if variant.path is None:
+                yield variant
+                continue
+            path = _variant_url(url, variant.name)
+            system, name = self._systems.of(path)
+            if system.exists(name):
+                error = f"{path} was not written by onnxport and is left alone."
+                yield replace(variant, ok=False, path=None, bytes=None, error=error)
+            else:
+                yield replace(variant, path=path)
+
+    def _remove_variants(self, url: str) -> None:
+        """Remove the children of the model that is there, as its report names them."""
+        report = self._report(url)
+        for variant in () if report is None else report.variants:
+            if variant.path is not None and variant.name in VARIANTS:
+                self._remove(_variant_url(url, variant.name))
 
     def _require_ours(self, url: str) -> None:
         """Make sure that a name is free, or taken by a model of ours.
@@ -209,6 +240,11 @@ class RemoteModels:
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             with system.transaction, system.open(path, "wb") as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)
+
+
+def _variant_url(url: str, name: str) -> str:
+    folder, _, model = url.rpartition("/")
+    return f"{folder}/{variant_path(Path(model), name).name}"
 
 
 class _Systems:

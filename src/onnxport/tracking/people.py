@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
+from onnxport.tracking.reachable import require_reachable
 from onnxport.tracking.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["promote", "rollback"]
+
+HEALTH_S = 10.0
+"""How long a server may take for a sign of life, in seconds."""
 
 
 def promote(
@@ -95,6 +99,11 @@ def _registry(name: str, alias: str, tracking_uri: str | None) -> Iterator[Regis
     with optional_import(extra="mlflow", needed_for="The model registry"):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+    asked = os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    try:
+        require_reachable(asked, HEALTH_S)  # MLflow itself would try for minutes
+    except TrackingError as error:
+        raise TrackingError(f"The server at {asked} is not used: {error}.") from error
     try:
         yield Registry(MlflowClient(tracking_uri=uri), name, alias)
     except MlflowException as error:

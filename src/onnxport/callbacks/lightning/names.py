@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import importlib
+import inspect
 import sys
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,12 @@ class FrameworkAware(type):
     @override
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return type.__call__(_bound(cls, _usable_frameworks()), *args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What editors and ``help`` show: of the class, not of the call above."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=tuple(signature.parameters.values())[1:])
 
     # What was made from the class before or after another Lightning was imported is one of them.
     @override
