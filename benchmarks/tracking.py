@@ -311,9 +311,9 @@ def training(state: str) -> dict[str, Any]:
             super().drain(*args)
             ends.append(time.perf_counter() - start)
 
-    from onnxport.callbacks.lightning import callback as adapter
+    from onnxport.callbacks import announced
 
-    adapter.ProcessOutbox = Timed  # type: ignore[misc]
+    announced.ProcessOutbox = Timed  # type: ignore[misc]
     with tempfile.TemporaryDirectory(prefix="onnxport-tracking-") as name:
         folder = Path(name)
         with server_that_is(state, folder) as uri:

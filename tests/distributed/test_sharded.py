@@ -116,7 +116,7 @@ SCRIPT = """
             if trainer.is_global_zero and trainer.current_epoch == 2:
                 while not self.export.reports:
                     time.sleep(0.05)
-                os.kill(worker_for(self.export.background, 0).pid, signal.SIGSTOP)
+                os.kill(worker_for(self.export.settings.background, 0).pid, signal.SIGSTOP)
 
     def train(root):
         saves = ModelCheckpoint(root / "c", save_top_k=1, monitor="loss", save_last=True)

@@ -70,7 +70,7 @@ def _judged(site: Site, run: Run, fired: str, uri: str) -> Outcome:
 def _process_of(export: OnnxExport, over: threading.Event) -> Any:
     """Wait for the process; ``None``: training is over."""
     while not over.wait(0.01):
-        process = getattr(export._outbox, "_process", None)
+        process = getattr(export._run._announced.outbox, "_process", None)
         if process is not None:
             return process
     return None

@@ -81,7 +81,7 @@ def test_a_callback_survives_pickling_and_keeps_its_options() -> None:
     callback = OnnxExport(core="trace", when="end", register="name")
     copy = pickle.loads(pickle.dumps(callback))  # noqa: S301 - our own bytes
     assert isinstance(copy, OnnxExport)
-    assert (copy.options, copy.cadence) == (callback.options, callback.cadence)
+    assert copy.settings == callback.settings
     assert copy.reports == []
 
 

@@ -114,9 +114,9 @@ def test_a_page_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, time\nif 'onnxport.page' in ' '.join(sys.orig_argv): time.sleep(600)\n"
     )
-    from onnxport.callbacks.lightning import callback
+    from onnxport.callbacks import announced
 
-    monkeypatch.setattr(callback, "PAGE_S", 1.0)
+    monkeypatch.setattr(announced, "PAGE_S", 1.0)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     root = tmp_path / "run"
     export = fit(root)

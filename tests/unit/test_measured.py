@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onnxport.callbacks.lightning.measured import Measured
+from onnxport.callbacks.measured import Measured
 
 
 def test_equal_values_in_two_validations_are_both_measured() -> None:

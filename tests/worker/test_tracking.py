@@ -162,7 +162,7 @@ class KillTracking(Callback):
         self.export = export
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        process = self.export._outbox._process
+        process = self.export._run._announced.outbox._process
         if trainer.current_epoch < 2 and process is not None:
             os.kill(process.pid, signal.SIGKILL)
 
@@ -218,7 +218,7 @@ class Kill(Callback):
         self.export, self.until, self.times = export, until, 0
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        process = self.export._outbox._process
+        process = self.export._run._announced.outbox._process
         if process is not None and trainer.global_step < self.until:
             process.kill()
             self.times += 1
@@ -349,7 +349,7 @@ def test_a_process_that_dies_now_and_then_is_started_each_time(store: str, tmp_p
             end = time.monotonic() + 60.0
             while time.monotonic() < end and not told():
                 time.sleep(0.05)
-            export._outbox._process.kill()
+            export._run._announced.outbox._process.kill()
 
     def told() -> bool:
         last = export.reports[-1] if export.reports else None

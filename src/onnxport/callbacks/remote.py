@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from platformdirs import user_cache_path
 from typing_extensions import override
 
 from onnxport._files import DATA_SUFFIX, is_there
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from onnxport.report import Variant
 
-__all__ = ["RemoteModels", "is_remote", "remote_exists", "short_name"]
+__all__ = ["RemoteModels", "folder_here", "is_remote", "remote_exists", "short_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ def short_name(url: str) -> str:
     """Return the name of a folder that stands for a URL, and for no other one."""
     readable = re.sub(r"[^\w.=-]+", "-", url, flags=re.ASCII)[-_READABLE:].lstrip(".-")
     return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def folder_here(root: str) -> Path:
+    """Return a folder of this machine for a run: its own, or one in a cache."""
+    return (
+        user_cache_path("onnxport") / "runs" / short_name(root) if is_remote(root) else Path(root)
+    )
 
 
 class RemoteModels:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxport.callbacks.lightning.measured import Measured
+from onnxport.callbacks.address import own_run
+from onnxport.callbacks.measured import Measured
 from onnxport.callbacks.remote import is_remote, remote_exists
 from onnxport.exporter.checkpoint_file import is_checkpoint
 from onnxport.report import Provenance
@@ -21,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "best_checkpoint",
     "checkpoint_roots",
+    "file_of",
     "is_handed_over",
     "is_redirected",
     "origin_of",
     "run_address",
     "run_folder",
+    "shows_in_rich",
     "with_best_score",
 ]
 
@@ -47,17 +48,7 @@ def run_address(trainer: Any, mlflow: tuple[str, MLflow] | None) -> RunAddress |
             )
     if eagerness == "auto":
         return None
-    fit = secrets.token_hex(16)
-    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return RunAddress(uri=uri, fit=fit, options=options)
-    root = Path(trainer.default_root_dir).resolve()
-    return RunAddress(
-        uri=f"sqlite:///{root / 'mlflow.db'}",
-        fit=fit,
-        artifact_root=(root / "mlartifacts").as_uri(),
-        options=options,
-    )
+    return own_run(options, trainer.default_root_dir)
 
 
 def is_redirected(module: Any) -> bool:
@@ -110,6 +101,12 @@ def run_folder(trainer: Any, otherwise: Path) -> Path:
     if not here:
         return otherwise
     return here[0].parent if here[0].name == "checkpoints" else here[0]
+
+
+def shows_in_rich(trainer: Any) -> bool:
+    """Tell whether the progress bar is one of rich."""
+    bar = getattr(trainer, "progress_bar_callback", None)
+    return bar is not None and "Rich" in type(bar).__name__
 
 
 def _deciding(trainer: Any) -> Any:

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     OnRefused = Callable[[str, str], None]
     OnSaving = Callable[[str], None]
 
-__all__ = ["GatheringSave", "gather_saves", "live_state", "load_checkpoint", "stand_in"]
+__all__ = [
+    "GatheringSave",
+    "gather_saves",
+    "is_sharded",
+    "live_state",
+    "load_checkpoint",
+    "stand_in",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +36,7 @@ _UNKNOWN_PARTS = (
     "The strategy has written its weights in parts that cannot be put together here. Make one file "
     "of it and call onnxport.export."
 )
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 _META = "meta.pt"
 """Everything but tensors. Source: ``lightning.fabric.strategies.fsdp._METADATA_FILENAME``."""
 
@@ -150,6 +158,11 @@ def load_checkpoint(strategy: Any, path: str) -> dict[str, Any]:
     # This training has written it, a moment ago.
     rest = torch.load(folder / _META, map_location="cpu", weights_only=False)  # nosec
     return {**rest, "state_dict": read_state_dict(folder)}
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Tell whether each rank holds a part of the weights only."""
+    return any(word in kind.__name__ for kind in type(strategy).__mro__ for word in _SHARDED)
 
 
 def is_deepspeed(strategy: Any) -> bool:

@@ -1,10 +1,10 @@
-"""The end of ``fit`` waits for models that are not finished, and shows what it waits for."""
+"""The end of training waits for models that are not finished, and shows what it waits for."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,22 +18,26 @@ SAY_EVERY_S = 15.0
 
 
 def drain(
-    sessions: Mapping[str, ExportSession], limit_s: float, trainer: Any, say: Callable[[str], None]
+    sessions: Mapping[str, ExportSession],
+    limit_s: float,
+    say: Callable[[str], None],
+    *,
+    in_rich: bool = False,
 ) -> None:
     """Wait for the models of all sessions.
 
     Args:
         sessions: The sessions of a run.
         limit_s: How long at most, in seconds, for all of them together.
-        trainer: Its progress bar decides how the waiting is shown.
         say: Tells the user a line.
+        in_rich: Show the waiting in rich, as the framework's own progress bar is.
     """
     end = time.monotonic() + limit_s
     with ExitStack() as stack:
         tell: Callable[[list[str]], None] | None = None
         for session in sessions.values():
             if tell is None and session.unfinished:
-                tell = _shown(trainer, stack, say)
+                tell = _shown(stack, say, in_rich=in_rich)
             session.drain(max(0.0, end - time.monotonic()), tell or _nothing)
 
 
@@ -42,11 +46,10 @@ def _nothing(_: list[str]) -> None:
 
 
 def _shown(
-    trainer: Any, stack: ExitStack, say: Callable[[str], None]
+    stack: ExitStack, say: Callable[[str], None], *, in_rich: bool
 ) -> Callable[[list[str]], None]:
-    """Return what shows the stages: in rich where the trainer's bar is, else a line at times."""
-    bar = getattr(trainer, "progress_bar_callback", None)
-    if bar is not None and "Rich" in type(bar).__name__:
+    """Return what shows the stages: in rich where the framework's bar is, else a line at times."""
+    if in_rich:
         from rich.console import Console
 
         status = stack.enter_context(Console().status("onnxport"))
