@@ -130,7 +130,7 @@ def test_a_subclass_survives_pickling_as_itself() -> None:
     copy = pickle.loads(pickle.dumps(Mine(core="trace")))  # noqa: S301
     assert isinstance(copy, Mine)
     assert copy.should_export(None, "best.ckpt")
-    assert copy.options == Mine(core="trace").options
+    assert copy.settings == Mine(core="trace").settings
 
 
 CLI = """
