@@ -40,6 +40,7 @@ def shown() -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.integration
 @pytest.mark.slow
 def test_the_commands_of_the_page_print_what_it_shows(

@@ -129,6 +129,7 @@ def test_ctrl_c(devices: int, tmp_path: Path) -> None:
     assert_models_are_right(folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "what",
     [
@@ -184,6 +185,7 @@ def as_slurm(folder: Path) -> Callable[[int], Mapping[str, str]]:
     }
 
 
+@pytest.mark.exhaustive
 def test_preempted_by_slurm(tmp_path: Path) -> None:
     """The signal to requeue goes to all processes of the job, the worker with them."""
     folder, slurm = tmp_path / "checkpoints", as_slurm(tmp_path)

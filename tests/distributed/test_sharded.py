@@ -188,6 +188,17 @@ AT_END: dict[str, dict[str, Any]] = {
 }
 
 
+SHORT = "fsdp, distributed"
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One case, with the callback and without, trained by two processes."""
+    root = tmp_path_factory.mktemp("sharded")
+    run(root, 2, {SHORT: CASES[SHORT], f"{SHORT}, plain": CASES[SHORT] | {"export": False}})
+    return root
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, with the callback and without, trained by two processes."""
@@ -201,6 +212,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_models_of_spread_weights_are_whole(trained_once: Path, tmp_path: Path) -> None:
+    assert_whole(trained_once / SHORT, trained_once / f"{SHORT}, plain", 2, tmp_path)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", list(CASES))
 def test_models_are_whole_and_training_is_what_it_was(
     case: str, trained: Path, tmp_path: Path
@@ -208,6 +224,7 @@ def test_models_are_whole_and_training_is_what_it_was(
     assert_whole(trained / case, trained / f"{PLAIN[case]}, plain", 2, tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", list(AT_END))
 def test_the_weights_of_the_end_are_whole(case: str, trained: Path, tmp_path: Path) -> None:
     first, second = said_by(trained / case, 2)
@@ -221,6 +238,7 @@ def test_the_weights_of_the_end_are_whole(case: str, trained: Path, tmp_path: Pa
         assert report["epoch"] is not None
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_without_a_tensor_that_is_spread_has_no_model_and_says_so(
     trained: Path,
 ) -> None:
@@ -231,6 +249,7 @@ def test_a_checkpoint_without_a_tensor_that_is_spread_has_no_model_and_says_so(
         assert "does not hold 'first.weight'" in report["error"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["owed", "owed, fsdp1"])
 def test_what_is_owed_is_made_from_the_parts_alone(
     case: str, trained: Path, tmp_path: Path

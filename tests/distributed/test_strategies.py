@@ -146,6 +146,7 @@ STARTED = f"""
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "strategy", ["ddp_spawn", pytest.param("ddp_notebook", marks=pytest.mark.exhaustive)]
 )

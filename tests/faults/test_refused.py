@@ -155,7 +155,7 @@ def test_a_disk_that_fails_where_a_model_is_made_is_no_verdict(
 
 
 @pytest.mark.worker
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("operation", ["getattr", "readdir"])
 def test_a_folder_that_cannot_be_looked_at_does_not_end_training(
     operation: str, background: bool, tmp_path: Path

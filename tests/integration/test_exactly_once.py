@@ -164,7 +164,8 @@ def carry_out(job: Path) -> int:
     pytest.fail("never done")
 
 
-@pytest.mark.parametrize("shift", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shift", [0, 1])
 def test_each_request_is_lost_once(
     shift: int, server: str, network: Network, report: ExportReport, tmp_path: Path
 ) -> None:

@@ -61,9 +61,9 @@ print("proven", report.path)
                 "import pytorch_lightning as pl\nfrom onnxport import OnnxExport",
                 "from onnxport import OnnxExport\nimport lightning.pytorch as pl",
                 "import lightning as pl\nfrom onnxport import OnnxExport",
+                "import lightning\nimport pytorch_lightning as pl\nfrom onnxport import OnnxExport",
             )
         ),
-        "import lightning\nimport pytorch_lightning as pl\nfrom onnxport import OnnxExport",
     ],
 )
 def test_the_callback_belongs_to_the_lightning_that_was_imported(

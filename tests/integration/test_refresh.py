@@ -153,7 +153,13 @@ def assert_computes(path: Path, module: nn.Module, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("core", ["dynamo", "trace"])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in {"recurrent", "double"}))
+        for name in MODULES
+    ],
+)
 def test_other_weights_in_the_same_graph(name: str, core: str, tmp_path: Path) -> None:
     make, x = MODULES[name]
     module, pipeline = make(), Pipeline()
@@ -298,7 +304,7 @@ class Counting(Moody):
         return super().forward(x) if self.count < 100 else x
 
 
-@pytest.mark.parametrize("core", ["dynamo", "trace"])
+@pytest.mark.parametrize("core", [pytest.param("dynamo", marks=pytest.mark.exhaustive), "trace"])
 def test_a_counter_is_watched_until_it_has_made_no_other_graph_three_times(
     core: str, tmp_path: Path
 ) -> None:

@@ -179,7 +179,7 @@ PROCESS = """
 def test_four_trainings_converge_on_the_best(store: str, tmp_path: Path) -> None:
     script = tmp_path / "one.py"
     script.write_text(textwrap.dedent(PROCESS))
-    here = str(Path(__file__).parent)
+    here = os.pathsep.join(map(str, Path(__file__).parents[:2]))
     start = str(time.time() + 8)
     processes = [
         subprocess.Popen(

@@ -140,6 +140,7 @@ def test_a_model_that_is_another_one_now_is_not_told(left: Path, store: str) -> 
     assert list(jobs_in([left])) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.worker)])
 def test_the_next_fit_tells_the_rest(
     background: bool, left: Path, store: str, tmp_path: Path

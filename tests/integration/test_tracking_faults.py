@@ -76,6 +76,7 @@ def assert_all_missing(callback: OnnxExport, said: str) -> None:
 # --- the user's curves ------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_history_of_the_users_metrics_stays_as_the_logger_wrote_it(
     store: str, tmp_path: Path
 ) -> None:

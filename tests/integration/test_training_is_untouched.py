@@ -233,7 +233,13 @@ def test_every_loss_weight_optimizer_tensor_and_rng_state_is_bit_identical(
 
 
 @pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # dynamo
-@pytest.mark.parametrize("variant", ODD)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "compiled, no forward"))
+        for name in ODD
+    ],
+)
 def test_unusual_modules_train_as_without_the_callback(variant: str, tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", variant, None)
     assert_same(plain, run(tmp_path / "export", variant, "trace"))

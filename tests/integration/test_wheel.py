@@ -83,6 +83,7 @@ def test_the_wheel_has_all_files_and_no_others(wheel: Path) -> None:
     assert names - {"onnxport/py.typed"} == sources
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_works_without_the_tree(wheel: Path, tmp_path: Path) -> None:
     python = new_environment(tmp_path / "env")
     install = [str(python), "-m", "pip", "install", "-qq", "--no-deps", "--no-index", str(wheel)]

@@ -138,6 +138,7 @@ def test_one_step_can_be_repeated_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert "bessel_j0" in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.integration
 def test_a_step_whose_model_was_wrong_is_compared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -124,6 +124,7 @@ def test_a_place_that_is_named_twice_is_refused(folder: Path) -> None:
         require_confined(path)
 
 
+@pytest.mark.exhaustive
 def test_what_a_checkpoint_holds_beside_tensors_may_be_large(tmp_path: Path) -> None:
     path = tmp_path / "m.ckpt"
     weights = torch.ones(3)

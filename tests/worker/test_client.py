@@ -68,6 +68,7 @@ def order(tmp_path: Path, number: int, results: list[Any], *, memory: bool = Fal
     )
 
 
+@pytest.mark.exhaustive
 def test_orders_that_come_while_the_thread_leaves_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_orders_that_come_while_the_thread_leaves_are_done(
     worker.close()
 
 
+@pytest.mark.exhaustive
 def test_an_idle_worker_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "IDLE_S", 0.2)
     worker, results = Worker(Background()), []
@@ -211,6 +213,7 @@ def test_weights_that_can_be_read_from_no_folder_are_put_aside(
     worker.close()
 
 
+@pytest.mark.exhaustive
 def test_weights_for_which_there_is_no_room_are_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +271,7 @@ def test_a_worker_starts_where_the_current_folder_is_gone(
         process.kill()
 
 
+@pytest.mark.exhaustive
 def test_deaths_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
     worker, results = Worker(Background()), []
     worker._deaths = client.MAX_DEATHS
@@ -334,6 +338,7 @@ def trained(tmp_path: Path, ends: str, *, idle_too: bool = False) -> Any:
     return run
 
 
+@pytest.mark.exhaustive
 def test_a_core_that_has_made_a_model_is_not_given_up_when_the_worker_dies(tmp_path: Path) -> None:
     run = trained(tmp_path, "0 1", idle_too=True)
     assert [report.error for report in run.reports if not report.ok] == []

@@ -315,6 +315,7 @@ def test_the_memory_ceiling_ends_an_export_and_not_training(tmp_path: Path) -> N
     assert_lockstep(folder, module)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_dies_leaves_no_older_model_under_the_name(tmp_path: Path) -> None:
     options = {"epochs": 1, "filename": "same", "enable_version_counter": False}
     folder = fit(tmp_path, zoo.Classifier(plain_net()), OnnxExport(core="trace"), **options)

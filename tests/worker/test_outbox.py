@@ -106,6 +106,7 @@ def test_a_note_has_one_entry_whichever_way_it_came(
     assert not earlier.exists()
 
 
+@pytest.mark.exhaustive
 def test_what_comes_after_the_end_starts_nothing_that_nobody_ends(
     outbox: ProcessOutbox, address: RunAddress, report: ExportReport, tmp_path: Path
 ) -> None:

@@ -369,6 +369,7 @@ def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_module_that_changed_in_what_is_no_weight_is_for_the_next_fit(tmp_path: Path) -> None:
     folder = run_that_does_not_wait(tmp_path, limit=1e2)
     (report,) = onnxport.resume(folder)
@@ -380,6 +381,7 @@ def softmax(module: Any) -> nn.Module:
     return nn.Sequential(module, nn.Softmax(-1))
 
 
+@pytest.mark.exhaustive
 def test_a_note_belongs_to_the_graph_of_its_own_run(tmp_path: Path) -> None:
     folder = run_that_does_not_wait(tmp_path / "a", filename="plain-{epoch}")
     other = run_that_does_not_wait(tmp_path / "b", filename="wrapped-{epoch}", target=softmax)
@@ -414,6 +416,7 @@ def test_notes_that_make_no_sense_hide_no_good_one(owing: Path) -> None:
     assert len(names(owing, ".*.pending")) == len(wrong)
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_that_cannot_be_found_is_said_and_stays_owed(tmp_path: Path) -> None:
     checkpoints = run_that_does_not_wait(tmp_path, dirpath=str(tmp_path / "models"))
     shutil.move(checkpoints, tmp_path / "elsewhere")
@@ -480,6 +483,7 @@ def test_the_next_fit_makes_what_is_owed_only_as_the_module_was_then(
     assert [report.ok for report in again.reports].count(False) == (now != 0.5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("limit", "made"), [(1e2, True), (5e1, False)])
 def test_a_number_that_no_row_reaches_must_be_as_it_was_then(
     tmp_path: Path, limit: float, made: bool
@@ -502,6 +506,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
+@pytest.mark.exhaustive
 def test_one_line_names_the_checkpoint_that_was_not_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -303,6 +303,7 @@ def test_a_note_that_the_disk_does_not_give_is_carried_out_later(
     assert caplog.text.count("courier.started") == 1
 
 
+@pytest.mark.exhaustive
 def test_an_end_that_is_noticed_late_starts_no_second_process(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
