@@ -337,3 +337,40 @@ def test_before_the_first_validation_there_is_nothing_to_compare(tmp_path: Path)
     trainer = zoo.trainer(tmp_path, export, callback, epochs=1)
     trainer.fit(Measured(), *loaders())
     assert export.reports[0].metric_parity is None
+
+
+def test_the_other_lightning_validates_its_own_modules(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class OfTheOther(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self(batch[0]).square().mean()
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.log("val_loss", self(batch[0]).square().mean())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    export = OnnxExport(validate_metrics=True, background=False, mlflow=False, core="trace")
+    data = DataLoader(TensorDataset(torch.randn(12, 4)), 4)
+    trainer = other.Trainer(
+        max_epochs=1,
+        logger=False,
+        callbacks=[export, other.callbacks.ModelCheckpoint(tmp_path)],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(OfTheOther(), data, data)
+    (report,) = export.reports
+    assert report.metric_parity is not None
+    assert [metric.name for metric in report.metric_parity.metrics] == ["val_loss"]
+    assert report.metric_parity.ok

@@ -208,7 +208,8 @@ class OnnxExport(ExportCallback, metaclass=FrameworkAware):
         self._begin(ExportRun(self.settings, training))
         metrics = self.settings.options.metrics
         if metrics is not None and self._run.is_active:
-            self._watch = ValidationWatch(metrics, framework_of(type(self)) or "")
+            # Not of the callback, which is one of both Lightnings where both are imported.
+            self._watch = ValidationWatch(metrics, framework_of(type(trainer)) or "")
         if self.settings.console and self._run.is_active:
             with never_raises("showing the last model"):
                 add_status(trainer, lambda: self._run.status)
