@@ -61,6 +61,9 @@ class Inputs:
         output_names: Names of the graph's outputs, in order.
         dynamic_axes: For each input or output named here: axis -> name of the dimension, or a list
             of axes. Replaces what is inferred for every input; outputs follow by running the model.
+        leave_out: Names of arguments of ``forward`` that are seen in training and that the model
+            does not get, labels for instance: what is computed from them alone (a loss) is no
+            output then. Default: what the framework says are labels, where it says so.
 
     Example:
         >>> Inputs(names=("image",), dynamic_axes={"image": {0: "batch"}}).names
@@ -71,9 +74,10 @@ class Inputs:
     names: tuple[str, ...] | None = None
     output_names: tuple[str, ...] | None = None
     dynamic_axes: Mapping[str, Mapping[int, str] | tuple[int, ...] | list[int]] | None = None
+    leave_out: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("names", "output_names"):
+        for name in ("names", "output_names", "leave_out"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ConfigurationError(

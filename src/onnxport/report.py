@@ -39,6 +39,9 @@ class Provenance:
         metrics: Metrics at the time of saving.
         monitor: Name of the metric that decides which checkpoint is best, or ``None``.
         mode: ``"min"`` or ``"max"`` for that metric.
+        notes: What else the framework knows and users of the model need, in words, by name:
+            written into the model.
+        beside: Names of files beside the checkpoint that users of the model need: a tokenizer's.
     """
 
     checkpoint: str | None = None
@@ -47,6 +50,8 @@ class Provenance:
     metrics: dict[str, float] = field(default_factory=dict)
     monitor: str | None = None
     mode: Literal["min", "max"] = "min"
+    notes: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,7 +39,8 @@ def model_path(
         'epoch=1-acc=0.95.onnx'
     """
     path = Path(checkpoint)
-    stem = path.stem if path.suffix in _CHECKPOINT_SUFFIXES else path.name
+    stem = path.name.removesuffix(".index.json")  # of several files
+    stem = Path(stem).stem if Path(stem).suffix in _CHECKPOINT_SUFFIXES else stem
     if dirpath is None:
         return path.parent / f"{stem}.onnx"
     parents = [path.relative_to(root).parent for root in roots if path.is_relative_to(root)]

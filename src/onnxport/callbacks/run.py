@@ -119,6 +119,7 @@ class ExportRun:
             address=None if address is None else address.named(name),
             is_redirected=training.is_redirected,
             fallback=training.fallback,
+            labels=training.labels,
             say=self.say,
             runner=self._runner(training.module, number),
             name=name,

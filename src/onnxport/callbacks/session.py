@@ -50,6 +50,7 @@ from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.module_state import copy_module, evaluate
 from onnxport.exporter.target import is_method, require_target
 from onnxport.exporter.unsharded import uncast
+from onnxport.inputs.leave_out import leave_out
 from onnxport.inputs.observe import Observer, unobserved
 from onnxport.inputs.observe_method import MethodObserver
 from onnxport.inputs.record import small_copy
@@ -60,7 +61,7 @@ from onnxport.tracking.base import Model, RunAddress, place_of
 from onnxport.tracking.job import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     import numpy as np
     from torch import nn
@@ -141,6 +142,7 @@ class ExportSession:
         address: Which run that is.
         is_redirected: See :class:`~onnxport.inputs.observe.Observer`.
         fallback: Gives an example when no call was observed, or ``None``.
+        labels: Names the arguments of a module's ``forward`` that a deployed model does not get.
         say: Tells the user one line per model.
         runner: Where models are made; default: here.
         name: What follows the names of its models.
@@ -165,6 +167,7 @@ class ExportSession:
         address: RunAddress | None = None,
         is_redirected: Callable[[nn.Module], bool] = lambda _: False,
         fallback: Callable[[], Any] = lambda: None,
+        labels: Callable[[nn.Module], Collection[str]] = lambda _: (),
         say: Callable[[str], None] = logger.info,
         runner: Runner | None = None,
         name: str = "",
@@ -183,7 +186,7 @@ class ExportSession:
         self._target = target
         self._outbox = outbox
         self._address = address or RunAddress(uri="")
-        self._fallback = fallback
+        self._fallback, self._labels = fallback, labels
         self._runner = InlineRunner() if runner is None else runner
         self._name = name
         self._recovered = self._looks_away = False
@@ -644,11 +647,19 @@ class ExportSession:
 
     def _observed(self, target: str) -> tuple[Example, ...]:
         recorder = self._observer.recorders.get(target)
-        return () if recorder is None else tuple(recorder.examples)
+        calls = () if recorder is None else tuple(recorder.examples)
+        if isinstance(self._observer, MethodObserver):
+            return calls
+        return self._without_labels(calls, self._module.get_submodule(target))
 
     def _from_fallback(self) -> tuple[Example, ...]:
         given = self._fallback()
-        return () if given is None else read_examples(given)
+        return () if given is None else self._without_labels(read_examples(given), self._module)
+
+    def _without_labels(self, calls: Iterable[Example], module: nn.Module) -> tuple[Example, ...]:
+        chosen = self._options.inputs.leave_out
+        names = self._labels(module) if chosen is None else chosen
+        return tuple(leave_out(call, names, module.forward) if names else call for call in calls)
 
     def _track(self, path: Path, *, last: bool = False) -> None:
         """Note that a server should hold a model; a model that is gone meanwhile is none."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -38,6 +38,7 @@ class Training:
         is_ours: Tells whether a model is none of another callback of this training.
         is_redirected: Tells whether a call of the module is not what it seems.
         fallback: Gives an example when no call was observed, or ``None``.
+        labels: Names the arguments of a module's ``forward`` that a deployed model does not get.
         say: Tells the user a line.
         in_rich: The framework shows its progress in rich.
         leaves_files: ``False``: a rehearsal, which keeps and tracks nothing.
@@ -53,6 +54,7 @@ class Training:
     is_ours: Callable[[Path], bool] = lambda _: True
     is_redirected: Callable[[nn.Module], bool] = lambda _: False
     fallback: Callable[[], Any] = lambda: None
+    labels: Callable[[nn.Module], Collection[str]] = lambda _: ()
     say: Callable[[str], None] = logger.info
     in_rich: bool = False
     leaves_files: bool = True

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from onnxport._archive import require_archive
 from onnxport.errors import ExportError
+from onnxport.exporter.safetensors_file import read_safetensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,9 @@ _OF_FSDP1 = "model"
 """Where Lightning has FSDP1's weights. Source: ``FSDPStrategy.save_checkpoint``, 2.6."""
 _OF_DEEPSPEED = "latest"
 """What DeepSpeed writes last into a folder."""
+_SAFE, _SAFE_INDEX = ".safetensors", ".safetensors.index.json"
+_USUAL = ("model", "model_state_dict", "module", "network", "net", "weights")
+"""Where loops of people's own have the weights."""
 MAX_DEPTH = 8
 """How deep plain values of a checkpoint are read."""
 NOT_PLAIN = object()
@@ -65,9 +69,11 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     Writing to them changes neither the file nor what others read from it.
 
     Args:
-        path: A file that ``torch.save`` wrote; or a folder that ``torch.distributed.checkpoint``
-            wrote, whose tensors are put together, by this process alone.
-        key: Where the ``state_dict`` lies in it; ``""``: it is the whole content.
+        path: A file that ``torch.save`` or ``safetensors`` wrote, or the index of several of the
+            latter; or a folder that ``torch.distributed.checkpoint`` wrote, whose tensors are put
+            together, by this process alone.
+        key: Where the ``state_dict`` lies in a file of ``torch.save``; ``""``: it is the whole
+            content. If there is no such place, the one place that holds tensors by name is taken.
 
     Raises:
         ExportError: If the file holds no such thing or is damaged.
@@ -76,11 +82,13 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     try:
         if path.is_dir():
             return _read_folder(path, key)
+        if path.name.endswith((_SAFE, _SAFE_INDEX)):
+            return read_safetensors(path)
         require_archive(path)
         content = torch.load(  # nosec
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
         )
-        state = content[key] if key else content
+        state = _state_in(content, key)
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except FileNotFoundError:
         raise
@@ -91,6 +99,35 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     for tensor in tensors.values():
         _populate(tensor)
     return tensors
+
+
+def _state_in(content: Any, key: str) -> Any:
+    """Find the weights in what a loop of somebody's own has saved.
+
+    Raises:
+        KeyError: If there are none, or it is not clear which are meant.
+    """
+    if not key:
+        return content
+    if key in content:
+        return content[key]
+    if _are_weights(content):
+        return content
+    places = [name for name, value in content.items() if _are_weights(value)]
+    places = [name for name in _USUAL if name in places] or places
+    if not places or (len(places) > 1 and places[0] not in _USUAL):
+        raise KeyError(key)
+    return content[places[0]]
+
+
+def _are_weights(value: Any) -> bool:
+    """Tell whether something is tensors by name, and nothing else."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+        and all(isinstance(each, torch.Tensor) for each in value.values())
+    )
 
 
 def read_plain_content(path: Path) -> dict[str, Any]:

@@ -195,6 +195,7 @@ def origin_of(job: ExportJob, digest: str | None) -> dict[str, object]:
     """What the file itself says about which checkpoint it is of."""
     origin = job.provenance
     known: dict[str, Any] = {
+        **origin.notes,
         "checkpoint": Path(origin.checkpoint).name if origin.checkpoint else None,
         "weights_sha256": digest,
         "epoch": origin.epoch,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from onnxport._files import require_inside
+from onnxport._files import MOST_BYTES, require_inside
 from onnxport.config import MLflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import numpy as np
 
@@ -111,6 +111,16 @@ class Model:
             identity=identity,
             row=row,
         )
+
+    @property
+    def companions(self) -> list[Path]:
+        """Files that its users need, of those that its origin names; links elsewhere are none."""
+        found = []
+        for name in self.origin.beside:
+            file = self.path.with_name(Path(name).name)
+            if file.is_file() and not file.is_symlink() and file.stat().st_size <= MOST_BYTES:
+                found.append(file)
+        return found
 
     def require_unchanged(self) -> None:
         """Make sure that the file is what was proven, and is there itself.
