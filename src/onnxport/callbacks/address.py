@@ -8,11 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport.tracking.base import RunAddress
+from onnxport.tracking.fluent import active_run
 
 if TYPE_CHECKING:
     from onnxport.config import MLflow
 
-__all__ = ["own_run"]
+__all__ = ["active_or_own_run", "own_run"]
+
+
+def active_or_own_run(
+    mlflow: tuple[str, MLflow] | None, root: str | os.PathLike[str]
+) -> RunAddress | None:
+    """Find the run that is open in this process; or one of our own, if asked for.
+
+    Args:
+        mlflow: How eager to track, and the options; ``None``: not at all.
+        root: See :func:`own_run`.
+    """
+    if mlflow is None:
+        return None
+    eagerness, options = mlflow
+    found = active_run(options)
+    if found is not None:
+        return found
+    return None if eagerness == "auto" else own_run(options, root)
 
 
 def own_run(options: MLflow, root: str | os.PathLike[str]) -> RunAddress:

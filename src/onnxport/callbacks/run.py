@@ -199,6 +199,20 @@ class ExportRun:
         """A batch of training begins; to be told before anything else of it, in all processes."""
         self.batches += 1
 
+    def step(self, weights: Callable[[], Weights], batch: Any = ()) -> None:
+        """A step of training begins, where a framework says no more than that.
+
+        Args:
+            weights: Gives the weights as they are.
+            batch: The batch, if it is known; else only calls of the module itself are watched.
+        """
+        self.count_batch()
+        if self._settings.preflight is None:
+            self.try_early(None)
+        else:
+            self.try_early(weights)
+        self.begin_batch(batch)
+
     def begin_epoch(self, epoch: int) -> None:
         """An epoch of training begins, the first of them with the number 0."""
         if epoch > 0 and self.batches >= WATCHED:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 from onnxport.callbacks.cadence import Cadence, When, read_when
 from onnxport.callbacks.options import (
     AnyTarget,
@@ -167,6 +169,10 @@ class ExportCallback:
     def _begin(self, run: ExportRun) -> None:
         """Training begins, again perhaps: what was reported before stays."""
         self._earlier, self._run = self.reports, run
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return self._portable()
 
     def _portable(self) -> dict[str, Any]:
         """Return what another process can have of this one."""

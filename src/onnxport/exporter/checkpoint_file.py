@@ -26,7 +26,14 @@ from onnxport.exporter.safetensors_file import read_safetensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["NOT_PLAIN", "is_checkpoint", "is_readable", "read_plain_content", "read_state_dict"]
+__all__ = [
+    "NOT_PLAIN",
+    "is_checkpoint",
+    "is_readable",
+    "read_plain_content",
+    "read_state_dict",
+    "weights_in",
+]
 
 _POPULATE_READ = 22
 """``MADV_POPULATE_READ``. Source: Linux, ``asm-generic/mman-common.h``."""
@@ -88,7 +95,7 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
         content = torch.load(  # nosec
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_inert_pickle
         )
-        state = _state_in(content, key)
+        state = weights_in(content, key)
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except FileNotFoundError:
         raise
@@ -101,8 +108,12 @@ def read_state_dict(path: Path, key: str = "state_dict") -> dict[str, torch.Tens
     return tensors
 
 
-def _state_in(content: Any, key: str) -> Any:
+def weights_in(content: Any, key: str = "state_dict") -> Any:
     """Find the weights in what a loop of somebody's own has saved.
+
+    Args:
+        content: What was saved.
+        key: Where they should lie; ``""``: the content is nothing else.
 
     Raises:
         KeyError: If there are none, or it is not clear which are meant.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Observer", "is_compiled", "unobserved"]
+__all__ = ["Observer", "is_compiled", "quiet_hook", "unobserved"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,15 @@ class _Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         # Takes anything and does nothing, and whoever reads it needs nothing but Python.
         return getattr, (nullcontext(), "__exit__")
+
+
+def quiet_hook(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that is not called in runs of our own, and is nothing to who saves the module.
+
+    Args:
+        function: What it does.
+    """
+    return _Hook(lambda *given: None if _is_paused() else function(*given))
 
 
 class _Seen(BaseException):

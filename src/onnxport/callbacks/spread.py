@@ -1,0 +1,70 @@
+"""The weights of a module that may be spread over processes, wherever a framework keeps them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnxport.callbacks.loops import bare, weights_of
+from onnxport.exporter.unsharded import gathered, is_flattened, is_spread, whole_module
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["Spread"]
+
+
+class Spread:
+    """A module in training.
+
+    Args:
+        module: The module, without wrappers.
+        wrapped: What is called in training: the module, or a wrapper of several processes.
+    """
+
+    def __init__(self, module: nn.Module, wrapped: nn.Module) -> None:
+        self._module, self._wrapped = module, wrapped
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process has a part of the weights only."""
+        return self._is_flat or is_spread(dict(self._module.named_parameters()))
+
+    @property
+    def _is_flat(self) -> bool:
+        return is_flattened(self._wrapped)
+
+    def is_in(self, content: Mapping[str, Any]) -> bool:
+        """Tell whether somebody saves the weights of the module.
+
+        Args:
+            content: What is saved.
+        """
+        if any(bare(value) is self._module for value in content.values()):
+            return True
+        return not self.is_spread and weights_of(content, self._module) is not None
+
+    def state(self, content: Mapping[str, Any] | None = None, *, first: bool) -> Mapping[str, Any]:
+        """Return whole weights, in the first process; all processes must ask.
+
+        Args:
+            content: What is saved; default: the weights as they are.
+            first: This is the first process.
+        """
+        if not self.is_spread:
+            saved = None if content is None else weights_of(content, self._module)
+            return dict(self._module.state_dict()) if saved is None else saved
+        if self._is_flat:
+            from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+            return gathered(dict(get_model_state_dict(self._wrapped)), keep=first)
+        return gathered(dict(self._module.state_dict()), keep=first)
+
+    def whole(self, state: Mapping[str, Any]) -> nn.Module | None:
+        """Return what stands for the module where that takes all processes; ``None``: nothing.
+
+        Args:
+            state: Whole weights.
+        """
+        return whole_module(self._module, state, flat=self._is_flat) if self.is_spread else None
