@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxport.errors import ExportError, OnnxportError, code_of
@@ -25,7 +26,32 @@ __all__ = [
     "Provenance",
     "TrackingRecord",
     "Variant",
+    "known_as",
 ]
+
+
+_SHARED_NAMES = frozenset({"model", "pytorch_model"})
+
+
+def known_as(path: str, *, suffix: bool = True) -> str:
+    """Return what people call a file of a run: its name; that of its folder, where all are alike.
+
+    Args:
+        path: Of the file.
+        suffix: With the suffix of its name.
+
+    Example:
+        >>> known_as("runs/epoch=1.ckpt"), known_as("runs/checkpoint-20/model.safetensors")
+        ('epoch=1.ckpt', 'checkpoint-20')
+        >>> known_as("runs/checkpoint-20/model.fp16.onnx", suffix=False)
+        'checkpoint-20.fp16'
+    """
+    file = PurePath(path.replace("\\", "/"))
+    first, _, rest = file.name.partition(".")
+    if first not in _SHARED_NAMES or not file.parent.name:
+        return file.name if suffix else file.stem
+    inner = rest.rpartition(".")[0].removeprefix("safetensors.index")
+    return f"{file.parent.name}.{inner}" if inner else file.parent.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxport._events import event
 from onnxport.errors import ExportError, TrackingError
+from onnxport.report import known_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class KeptReports:
             self._say(_success_line(report))
             self._tell(report)
             return
-        name = Path(report.checkpoint).name if report.checkpoint else "the final weights"
+        name = known_as(report.checkpoint) if report.checkpoint else "the final weights"
         code = "" if report.code is None else f" [{report.code}]"
         message = f"No ONNX model for {name}{code}: {report.error}"
         if self._failure is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxport._optional import is_available
+from onnxport.report import known_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def table_of(reports: Sequence[ExportReport]) -> list[tuple[str, ...]]:
 
 
 def _row(report: ExportReport) -> tuple[str, ...]:
-    name = Path(report.checkpoint).name if report.checkpoint else "final weights"
+    name = known_as(report.checkpoint) if report.checkpoint else "final weights"
     step = "" if report.global_step is None else str(report.global_step)
     error = report.max_abs_error
     how = f"{report.core}, refreshed" if report.how == "refresh" else str(report.core)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from pathlib import PurePath
 from typing import TYPE_CHECKING
+
+from onnxport.report import known_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -153,7 +154,7 @@ def name_of(report: ExportReport) -> str:
     """Return what people call a checkpoint: the name of its file, or its step."""
     file = report.checkpoint or report.path
     if file:
-        return clipped(PurePath(file.replace("\\", "/")).stem, 80)
+        return clipped(known_as(file, suffix=False), 80)
     return NOTHING if report.global_step is None else f"step {report.global_step}"
 
 

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from onnxport._files import size_of_model
+from onnxport.report import known_as
 from onnxport.tracking.children import VARIANT
 from onnxport.tracking.promotion import TAG_PREFIX, score_of, score_tags
 
@@ -38,7 +39,7 @@ def key_of(model: Model, run_id: str) -> str:
 
 def name_of(model: Model) -> str:
     """Return the name of a logged model: that of its file, in what characters MLflow takes."""
-    return re.sub(r"[^\w ,=+@()-]", "_", Path(str(model.report.path)).stem)
+    return re.sub(r"[^\w ,=+@()-]", "_", known_as(str(model.report.path), suffix=False))
 
 
 def params_of(report: ExportReport) -> dict[str, str]:
