@@ -149,3 +149,41 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ExportError, match=r"The weights in .*some\.ckpt cannot be read"):
         read_state_dict(folder)
+
+
+WEIGHTS = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+OPTIMIZER = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WEIGHTS,
+        {"state_dict": WEIGHTS, "model": {"other": torch.ones(1)}},
+        {"model": WEIGHTS, "optimizer": OPTIMIZER, "step": 3},
+        {"model": WEIGHTS, "ema": {"weight": torch.ones(1)}},
+        {"encoder": WEIGHTS, "optimizer": OPTIMIZER},
+    ],
+    ids=["nothing else", "usual", "beside an optimizer", "beside averages", "under another name"],
+)
+def test_weights_are_found_where_loops_of_peoples_own_put_them(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    assert set(read_state_dict(tmp_path / "a.pt")) == set(WEIGHTS)
+
+
+def test_weights_that_may_be_either_of_two_are_none(tmp_path: Path) -> None:
+    torch.save({"first": WEIGHTS, "second": WEIGHTS}, tmp_path / "a.pt")
+    with pytest.raises(ExportError, match="state_dict"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_safetensors_that_are_damaged_are_named(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    file = tmp_path / "model.safetensors"
+    safetensors.save_file(WEIGHTS, file)
+    assert torch.equal(read_state_dict(file)["weight"], WEIGHTS["weight"])
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ExportError, match=r"model.safetensors cannot be read"):
+        read_state_dict(file)

@@ -11,7 +11,13 @@ from typing_extensions import override
 from onnxport._optional import optional_import
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.loops import LoopCallback, bare
-from onnxport.callbacks.pretrained import companions_in, first_rows, notes_of
+from onnxport.callbacks.pretrained import (
+    companions_in,
+    first_rows,
+    notes_of,
+    numbers_of,
+    without_autocast,
+)
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -75,7 +81,8 @@ class OnnxExport(LoopCallback, TrainerCallback):
 
     @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._run.step(self._weights)
+        with without_autocast(self._module):
+            self._run.step(self._weights)
         if args.world_size == 1:
             self._raise_failure()
 
@@ -91,12 +98,7 @@ class OnnxExport(LoopCallback, TrainerCallback):
 
     @override
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        numbers = {
-            name: float(value)
-            for name, value in (given.get("metrics") or {}).items()
-            if isinstance(value, (int, float))
-        }
-        self._metrics = state.global_step, numbers
+        self._metrics = state.global_step, numbers_of(given.get("metrics") or {})
 
     @override
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -107,17 +109,19 @@ class OnnxExport(LoopCallback, TrainerCallback):
         self._run.saving(checkpoint)
         self._remember(checkpoint)
         if self._wants(given["model"], checkpoint):
-            self._run.saved(checkpoint, partial(self._weights, checkpoint))
+            with without_autocast(self._module):
+                self._run.saved(checkpoint, partial(self._weights, checkpoint))
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._look_for_removed()
         best = self._best(state)
-        self._finish(
-            best,
-            stored=None if best is None else partial(self._stored, best),
-            final=(f"{args.output_dir}/model.safetensors", self._weights),
-        )
+        with without_autocast(self._module):
+            self._finish(
+                best,
+                stored=None if best is None else partial(self._stored, best),
+                final=(f"{args.output_dir}/model.safetensors", self._weights),
+            )
         if args.world_size == 1:
             self._raise_failure()
 

@@ -1,0 +1,266 @@
+"""Hugging Face's Trainer: what is special about its models, its checkpoints and its MLflow run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+import onnxport
+from onnxport.callbacks.transformers import OnnxExport
+from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.ownership import read_metadata
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onnxport import ExportReport
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+WORDS = ["[PAD]", "[UNK]", "[MASK]", *(f"w{number}" for number in range(40))]
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    pad, unknown, mask = WORDS[:3]
+    words = models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token=unknown)
+    plain = Tokenizer(words)
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token=pad, unk_token=unknown, mask_token=mask
+    )
+
+
+def texts() -> list[dict[str, Any]]:
+    """Texts of other lengths from batch to batch, and a class for each."""
+    made = tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for place in range(48):
+        length = 4 + place // 8 % 5
+        ids = torch.randint(3, len(WORDS), (length,), generator=generator).tolist()
+        encoded = made(" ".join(WORDS[each] for each in ids))
+        rows.append(dict(encoded) | {"labels": place % 3})
+    return rows
+
+
+def classifier(**options: Any) -> BertForSequenceClassification:
+    names = {0: "good", 1: "bad", 2: "neither"}
+    return BertForSequenceClassification(BertConfig(**SIZES, id2label=names, **options))
+
+
+def train(
+    root: Path, export: OnnxExport | None, model: Any = None, **arguments: Any
+) -> tuple[Trainer, Any]:
+    torch.manual_seed(0)
+    model = classifier() if model is None else model
+    chosen = {
+        "max_steps": 9,
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | arguments
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(root), **chosen),
+        train_dataset=texts(),
+        eval_dataset=texts()[:16],
+        processing_class=tokenizer(),
+        data_collator=DataCollatorWithPadding(tokenizer()),
+        callbacks=[] if export is None else [export],
+    )
+    trainer.train()
+    return trainer, model
+
+
+def callback(**options: Any) -> OnnxExport:
+    return OnnxExport(**{"core": "trace", "background": False, "mlflow": False} | options)
+
+
+def ask(model: Path, **arrays: Any) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, arrays), strict=True))
+
+
+def proven(export: OnnxExport) -> list[ExportReport]:
+    assert [report.error for report in export.reports if not report.ok] == []
+    return export.reports
+
+
+def test_the_model_takes_texts_of_any_length_and_no_labels(tmp_path: Path) -> None:
+    export = callback()
+    train(tmp_path, export)
+    for report in proven(export):
+        assert {spec.name for spec in report.inputs} >= {"input_ids", "attention_mask"}
+        assert "labels" not in {spec.name for spec in report.inputs}
+        assert [spec.name for spec in report.outputs] == ["logits"]
+        assert {tuple(spec.shape) for spec in report.inputs} == {("batch", "sequence")}
+    folder = tmp_path / "checkpoint-9"
+    restored = BertForSequenceClassification.from_pretrained(folder).eval()
+    given = tokenizer()(["w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11", "w1 w5"], padding=True)
+    arrays = {name: np.array(value, dtype=np.int64) for name, value in given.items()}
+    names = {spec.name for spec in export.reports[-1].inputs}
+    actual = ask(folder / "model.onnx", **{k: v for k, v in arrays.items() if k in names})
+    with torch.no_grad():
+        expected = restored(**{name: torch.from_numpy(v) for name, v in arrays.items()}).logits
+    torch.testing.assert_close(torch.from_numpy(actual["logits"]), expected, atol=1e-5, rtol=1e-4)
+    assert json.loads(read_metadata(folder / "model.onnx")["id2label"])["0"] == "good"
+
+
+def test_models_follow_the_limit_and_the_best_is_kept(tmp_path: Path) -> None:
+    export = callback(on_error="raise")
+    options = {"save_total_limit": 1, "load_best_model_at_end": True}
+    trainer, _ = train(tmp_path, export, metric_for_best_model="loss", **options)
+    folders = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert folders == {path.parent.name for path in tmp_path.rglob("model.onnx")}
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    (report,) = [each for each in proven(export) if str(each.path).startswith(best)][-1:]
+    assert report.metrics["eval_loss"] == pytest.approx(trainer.state.best_metric)
+    assert report.weights_sha256 == onnxport.weights_sha256(trainer.model.state_dict())
+
+
+def test_only_the_best_at_the_end(tmp_path: Path) -> None:
+    export = callback(when="end")
+    model = BertForMaskedLM(BertConfig(**SIZES))  # whose weights are tied: files have them once
+    rows = [{"input_ids": [3, 4, 5, 2, 7], "labels": [3, 4, 5, 6, 7]} for _ in range(48)]
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[export]
+    )
+    trainer.train()
+    (report,) = proven(export)
+    assert str(report.path) == f"{trainer.state.best_model_checkpoint}/model.onnx"
+    assert report.weights_sha256 == onnxport.weights_sha256(model.state_dict())
+    assert report.metrics["eval_loss"] == pytest.approx(trainer.state.best_metric)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"bf16": True},
+    ],
+    ids=["gradient checkpointing", "compiled", "bf16"],
+)
+def test_ways_to_train(arguments: dict[str, Any], tmp_path: Path) -> None:
+    export = callback()
+    trainer, model = train(tmp_path / "with", export, **arguments)
+    plain, other = train(tmp_path / "without", None, **arguments)
+    losses = [
+        [row["loss"] for row in one.state.log_history if "loss" in row] for one in (trainer, plain)
+    ]
+    assert losses[0] == losses[1]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    assert len(proven(export)) == 3
+    for report in export.reports:
+        assert [spec.name for spec in report.outputs] == ["logits"]
+
+
+def test_a_run_that_goes_on_replaces_its_models(tmp_path: Path) -> None:
+    train(tmp_path, callback(), max_steps=6)
+    export = callback()
+    torch.manual_seed(0)
+    _, model = train(tmp_path, None, max_steps=3)
+    again = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=6, save_steps=3, use_cpu=True, report_to=[]),
+        train_dataset=texts(),
+        data_collator=DataCollatorWithPadding(tokenizer()),
+        callbacks=[export],
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (report,) = proven(export)
+    assert str(report.path) == str(tmp_path / "checkpoint-6" / "model.onnx")
+    state = read_state_dict(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert read_metadata(tmp_path / "checkpoint-6" / "model.onnx")[
+        "weights_sha256"
+    ] == onnxport.weights_sha256(state)
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    model = classifier()
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    state = read_state_dict(tmp_path / "model.safetensors.index.json")
+    assert onnxport.weights_sha256(state) == onnxport.weights_sha256(model.state_dict())
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "../elsewhere.safetensors")
+    index.write_text(json.dumps(content))
+    with pytest.raises(onnxport.ExportError, match="a file elsewhere"):
+        read_state_dict(index)
+
+
+def test_the_run_of_the_trainer_gets_the_model_with_its_tokenizer(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "reviews")
+    mlflow.set_tracking_uri(store)
+    client = mlflow.MlflowClient(store)
+    client.create_experiment("reviews", artifact_location=(tmp_path / "artifacts").as_uri())
+    export = callback(mlflow="auto", register="reviews")
+    train(tmp_path / "run", export, report_to=["mlflow"], metric_for_best_model="loss")
+    experiment = client.get_experiment_by_name("reviews").experiment_id
+    (run,) = client.search_runs([experiment])  # that of the Trainer, and no other
+    found = {report.tracking.run_id for report in proven(export) if report.tracking}
+    assert found == {run.info.run_id}
+    logged = client.search_logged_models([experiment])
+    assert {model.name for model in logged} == {"checkpoint-3", "checkpoint-6", "checkpoint-9"}
+    champion = client.get_model_version_by_alias("reviews", "champion")
+    folder = mlflow.artifacts.download_artifacts(
+        f"models:/reviews/{champion.version}", dst_path=str(tmp_path / "fetched")
+    )
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    served = mlflow.pyfunc.load_model("models:/reviews@champion")
+    given = loaded(["w1 w2 w3", "w4"], padding=True)
+    names = set(served.metadata.get_input_schema().input_names())
+    arrays = {k: np.array(v, dtype=np.int64) for k, v in given.items() if k in names}
+    answer = served.predict(arrays)
+    assert np.asarray(answer["logits"]).shape == (2, 3)
+    assert BertConfig.from_pretrained(folder).id2label[0] == "good"
