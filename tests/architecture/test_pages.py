@@ -18,7 +18,7 @@ PAGES = [
     *(DOCS / f"{name}.md" for name in NAMED),
     *sorted(
         page
-        for folder in ("how-to", "errors", "reference")
+        for folder in ("how-to", "frameworks", "errors", "reference")
         for page in (DOCS / folder).glob("*.md")
     ),
 ]
