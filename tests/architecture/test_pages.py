@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
 SLOW = {"server-down", "several-processes"}
 """They start servers and processes: a minute and more."""
-NAMED = ("index", "how-it-works", "guarantees", "comparison", "troubleshooting", "contributing")
+NAMED = (
+    "index",
+    "how-it-works",
+    "guarantees",
+    "comparison",
+    "troubleshooting",
+    "contributing",
+    "adapters",
+)
 """Other pages in depth have tests of their own, or show parts of programs."""
 PAGES = [
     *(DOCS / f"{name}.md" for name in NAMED),

@@ -37,5 +37,24 @@ def test_the_main_job_ends_with_a_served_champion(tmp_path: Path) -> None:
     assert len(models) == 2
 
 
+FRAMEWORKS = {
+    "fabric_digits.py": ("the champion reads", 3),
+    "huggingface_digits.py": ("the champion reads", 3),
+    "huggingface_text.py": ("Fit the estimator to the training samples. -> ", 2),
+    "ignite_digits.py": ("the champion reads", 2),
+    "loop_digits.py": ("the champion reads", 3),
+}
+"""What each says in the end, and how many checkpoints it keeps."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(FRAMEWORKS))
+def test_with_each_framework_a_champion_answers(name: str, tmp_path: Path) -> None:
+    sentence, kept = FRAMEWORKS[name]
+    assert sentence in run(name, tmp_path / "demo")
+    made = [path for path in (tmp_path / "demo").rglob("*.onnx") if "mlartifacts" not in path.parts]
+    assert len(made) == kept
+
+
 def test_no_example_is_forgotten() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"digits.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"digits.py", *FRAMEWORKS}
