@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.loops import LoopCallback, bare
+from onnxport.callbacks.mirrored_saver import MirroredSave
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.spread import Spread
-from onnxport.callbacks.training import Training, Weights, never_raises
+from onnxport.callbacks.training import Training, Weights
 from onnxport.errors import ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["OnnxExport"]
 
@@ -79,8 +82,8 @@ class OnnxExport(LoopCallback):
         )
         self._begin(ExportRun(self.settings, training if fabric.is_global_zero else None))
         strategy = fabric.strategy
-        if not isinstance(strategy.save_checkpoint, _Save):
-            strategy.save_checkpoint = _Save(strategy.save_checkpoint)
+        if not isinstance(strategy.save_checkpoint, MirroredSave):
+            strategy.save_checkpoint = MirroredSave(strategy.save_checkpoint)
         strategy.save_checkpoint.listeners[id(self)] = self
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
@@ -100,18 +103,24 @@ class OnnxExport(LoopCallback):
             return
         needed = self._fabric.broadcast(self._run.needs_final_weights)
         state = self._spread.state(first=self._fabric.is_global_zero) if needed else {}
-        best = None if self._best is None else self._best[1]
-        self._finish(
-            None if best is None else best.checkpoint,
-            stored=None if best is None else lambda: self._stored(best),
-            final=(f"{self._folder}/model.ckpt", lambda: self._weights(state, Provenance())),
-        )
+        self._end(final=(f"{self._folder}/model.ckpt", partial(self._weights, state, Provenance())))
         failure = self._run.take_failure()
         text = self._fabric.broadcast(None if failure is None else str(failure))
         if text is not None:  # a process that leaves alone leaves the others waiting
             raise failure if failure is not None else ExportError(text)
 
     on_fit_end = on_train_end
+
+    def _end(self, **options: Any) -> None:
+        best = None if self._best is None else self._best[1]
+        if best is None or not os.path.lexists(str(best.checkpoint)):
+            self._finish(**options)
+        else:
+            self._finish(best.checkpoint, stored=lambda: self._stored(best), **options)
+
+    @override
+    def _close(self) -> None:
+        self._end()
 
     def on_exception(self, exception: BaseException) -> None:
         """Training was ended by an error, and the user says so."""
@@ -172,25 +181,3 @@ class OnnxExport(LoopCallback):
             score = -score
         if self._best is None or math.isnan(self._best[0]) or score <= self._best[0]:
             self._best = score, weights.origin
-
-
-class _Save:
-    """Takes the place of a strategy's ``save_checkpoint``, in all processes: all saves come here.
-
-    Args:
-        save: What does the work.
-    """
-
-    def __init__(self, save: Callable[..., Any]) -> None:
-        self._save = save
-        self.listeners: dict[int, OnnxExport] = {}
-
-    def __call__(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save, and report."""
-        for listener in tuple(self.listeners.values()):
-            listener.saving(str(path))
-        result = self._save(path, state, *args, **kwargs)
-        for listener in tuple(self.listeners.values()):
-            with never_raises(f"the save of {path}"):
-                listener.saved(str(path), state)
-        return result

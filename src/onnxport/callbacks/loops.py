@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ class LoopCallback(ExportCallback):
             self._over = True
             self._run.finish(best, **options)
 
+    def _close(self) -> None:
+        """Training is over, and nobody has said so."""
+        self._finish()
+
     def _fail(self) -> None:
         """Training is over by an error."""
         if not self._over:
@@ -91,9 +96,14 @@ class LoopCallback(ExportCallback):
 
 
 def _end(reference: weakref.ref[LoopCallback]) -> None:
+    """Python ends: by an error of the user's, or because all is done."""
     callback = reference()
-    if callback is not None:
+    if callback is None:
+        return
+    if getattr(sys, "last_value", None) is not None:
         callback._fail()  # noqa: SLF001 - of this module
+    else:
+        callback._close()  # noqa: SLF001
 
 
 def bare(module: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The seam where a save handler that is a callable of its own kind writes and removes files."""
+"""Seams where checkpoints are written: a strategy's method, and a handler that is callable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from onnxport.callbacks.training import never_raises
 from onnxport.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-__all__ = ["Listener", "mirrored"]
+__all__ = ["Listener", "MirroredSave", "SaveListener", "mirrored"]
 
 
 class Listener(Protocol):
@@ -65,3 +65,46 @@ def mirrored(handler: Any, listener: Listener) -> Any:
     made: Any = object.__new__(Mirrored)
     made.__dict__.update(vars(handler))
     return made
+
+
+class SaveListener(Protocol):
+    """Who is told, each time with the path of a checkpoint."""
+
+    def saving(self, path: str) -> None:
+        """Something is about to be saved."""
+
+    def saved(self, path: str, content: Mapping[str, Any]) -> None:
+        """It was saved, with this content."""
+
+
+class MirroredSave:
+    """Takes the place of a strategy's ``save_checkpoint``, in all processes: all saves come here.
+
+    Args:
+        save: What does the work.
+
+    Attributes:
+        listeners: Who is told.
+    """
+
+    def __init__(self, save: Callable[..., Any]) -> None:
+        self._save = save
+        self.listeners: dict[int, SaveListener] = {}
+
+    def __call__(
+        self,
+        path: Any,
+        state: Any,
+        storage_options: Any = None,
+        filter: Any = None,  # noqa: A002 - the strategy's name
+    ) -> Any:
+        """Save, and report; a part of some weights is reported as none of them."""
+        for listener in tuple(self.listeners.values()):
+            with never_raises(f"the save of {path}"):
+                listener.saving(str(path))
+        result = self._save(path, state, storage_options=storage_options, filter=filter)
+        whole = {name: one for name, one in state.items() if name not in (filter or {})}
+        for listener in tuple(self.listeners.values()):
+            with never_raises(f"the save of {path}"):
+                listener.saved(str(path), whole)
+        return result
