@@ -7,7 +7,6 @@ Run it with ``python examples/huggingface_text.py [folder]``.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -112,7 +111,9 @@ def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="onnxport-"))
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
+    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+    mlflow.create_experiment("sources", artifact_location=(root / "artifacts").as_uri())
+    mlflow.set_experiment("sources")
     export = train(root)
     print(sum(report.ok for report in export.reports), "proven models in", root)
     ask_the_champion()

@@ -26,7 +26,6 @@ __all__ = [
     "Provenance",
     "TrackingRecord",
     "Variant",
-    "known_as",
 ]
 
 
