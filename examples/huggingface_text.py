@@ -112,7 +112,8 @@ def main() -> None:
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
-    mlflow.create_experiment("sources", artifact_location=(root / "artifacts").as_uri())
+    if mlflow.get_experiment_by_name("sources") is None:
+        mlflow.create_experiment("sources", artifact_location=(root / "artifacts").as_uri())
     mlflow.set_experiment("sources")
     export = train(root)
     print(sum(report.ok for report in export.reports), "proven models in", root)
