@@ -78,6 +78,11 @@ class Provenance:
     notes: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.monitor in self.metrics:  # first: where there is room for one only
+            first = {self.monitor: self.metrics[self.monitor]}
+            object.__setattr__(self, "metrics", first | self.metrics)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:

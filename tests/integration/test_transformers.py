@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -18,6 +20,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -73,7 +76,11 @@ def classifier(**options: Any) -> BertForSequenceClassification:
 
 
 def train(
-    root: Path, export: OnnxExport | None, model: Any = None, **arguments: Any
+    root: Path,
+    export: OnnxExport | None,
+    model: Any = None,
+    extra: TrainerCallback | None = None,
+    **arguments: Any,
 ) -> tuple[Trainer, Any]:
     torch.manual_seed(0)
     model = classifier() if model is None else model
@@ -96,7 +103,7 @@ def train(
         eval_dataset=texts()[:16],
         processing_class=tokenizer(),
         data_collator=DataCollatorWithPadding(tokenizer()),
-        callbacks=[] if export is None else [export],
+        callbacks=[one for one in (export, extra) if one is not None],
     )
     trainer.train()
     return trainer, model
@@ -148,6 +155,21 @@ def test_models_follow_the_limit_and_the_best_is_kept(tmp_path: Path) -> None:
     (report,) = [each for each in proven(export) if str(each.path).startswith(best)][-1:]
     assert report.metrics["eval_loss"] == pytest.approx(trainer.state.best_metric)
     assert report.weights_sha256 == onnxport.weights_sha256(trainer.model.state_dict())
+
+
+def test_the_trainer_keeps_the_checkpoints_that_it_would_keep(tmp_path: Path) -> None:
+    """It tells the oldest by the time of the folder, which a file of ours changes."""
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 7:  # as a model that comes after the next checkpoint
+                (tmp_path / "checkpoint-3" / "model.onnx.json").touch()
+                later = time.time() + 60
+                os.utime(tmp_path / "checkpoint-3", (later, later))
+
+    trainer, _ = train(tmp_path, callback(), save_total_limit=2, extra=Late())
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
+    assert "save_to_json" not in vars(trainer.state)
 
 
 def test_only_the_best_at_the_end(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class KeptReports:
         elif record.alias is not None:
             self._say(
                 f"onnxport: version {record.version} of {record.registered_name!r} "
-                f"({Path(str(report.path)).name}) is {record.alias}"
+                f"({known_as(str(report.path))}) is {record.alias}"
             )
         self._is_down = bool(record.missing)
         return report

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from onnxport.exporter.global_state import preserved_globals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
 
-__all__ = ["companions_in", "first_rows", "notes_of", "numbers_of", "without_autocast"]
+__all__ = [
+    "Dated",
+    "companions_in",
+    "first_rows",
+    "notes_of",
+    "numbers_of",
+    "without_autocast",
+]
 
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of configuration, tokenizers and processors in a checkpoint."""
@@ -74,3 +82,42 @@ def without_autocast(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         given.update(wrapped)
+
+
+class Dated:
+    """Keeps the times of folders that are checkpoints, by which a framework tells the oldest.
+
+    Our own files come later, and must not make one look newer than it is. The times are put right
+    where the framework is about to look at them: after it has written its state, the last file.
+
+    Args:
+        state: Has ``save_to_json``.
+        folders: Gives the folders.
+    """
+
+    def __init__(self, state: Any, folders: Callable[[], Iterable[Path]]) -> None:
+        self._state, self._folders = state, folders
+        self._write = state.save_to_json
+        state.save_to_json = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Write the state, and put the times right."""
+        self._write(*args, **kwargs)
+        for folder in self._folders():
+            _date(folder)
+
+    def stop(self) -> None:
+        """Leave the state as it was."""
+        vars(self._state).pop("save_to_json", None)
+
+
+def _date(folder: Path) -> None:
+    """Give a folder the time of the newest file in it that is none of ours."""
+    with suppress(OSError, ValueError):  # it is gone; or there is nothing in it
+        files = (file for file in folder.iterdir() if not _is_ours(file.name))
+        newest = max(file.stat().st_mtime_ns for file in files)
+        os.utime(folder, ns=(newest, newest))
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(".") or ".onnx" in name

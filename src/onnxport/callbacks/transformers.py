@@ -12,6 +12,7 @@ from onnxport._optional import optional_import
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.loops import LoopCallback, bare
 from onnxport.callbacks.pretrained import (
+    Dated,
     companions_in,
     first_rows,
     notes_of,
@@ -78,6 +79,7 @@ class OnnxExport(LoopCallback, TrainerCallback):
         )
         active = state.is_world_process_zero
         self._begin(ExportRun(self.settings, training if active else None))
+        self._dated = Dated(state, lambda: Path(root).glob("checkpoint-*"))
 
     @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -114,6 +116,7 @@ class OnnxExport(LoopCallback, TrainerCallback):
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._dated.stop()
         self._look_for_removed()
         best = self._best(state)
         with without_autocast(self._module):
