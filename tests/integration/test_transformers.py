@@ -201,8 +201,10 @@ def test_only_the_best_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.exhaustive
+        ),
         {"bf16": True},
     ],
     ids=["gradient checkpointing", "compiled", "bf16"],
