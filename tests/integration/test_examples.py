@@ -47,11 +47,11 @@ FRAMEWORKS = {
 """What each says in the end, and how many checkpoints it keeps."""
 
 
-@pytest.mark.timeout(600)
 IN_SHORT = ("huggingface_text.py", "loop_digits.py")
 """The others take as long, and what they show is under the contract."""
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",
     [
