@@ -178,3 +178,19 @@ def test_removed_checkpoints_take_their_models_with_them(tmp_path: Path) -> None
         (tmp_path / "1.pt").unlink()
         exporter.save(tmp_path / "3.pt")
     assert models(tmp_path) == {"2.onnx", "3.onnx"}
+
+
+def test_a_copy_makes_no_steps_and_the_module_is_as_it_was(tmp_path: Path) -> None:
+    net = network()
+    with Exporter(net, tmp_path, **QUICK) as exporter:
+        averages = torch.optim.swa_utils.AveragedModel(net)
+        net(torch.randn(3, 4))
+        for _ in range(5):
+            averages.module(torch.randn(3, 4))
+        torch.save(net, tmp_path / "whole.pth")
+        exporter.save(tmp_path / "a.pt")
+    assert exporter.reports[0].global_step == 1
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+    whole = torch.load(tmp_path / "whole.pth", weights_only=False)
+    assert torch.equal(whole[0].weight, net[0].weight)

@@ -164,7 +164,9 @@ def watch_steps(module: nn.Module, on_step: Callable[[], None]) -> RemovableHand
     """
 
     def after(called: nn.Module, *_: Any) -> None:
-        if called.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or called is not module:  # a copy takes the hook along
+            return
+        if called.training and torch.is_grad_enabled():
             on_step()
 
     return module.register_forward_hook(quiet_hook(after))
