@@ -312,13 +312,32 @@ def ignite(plan: Plan) -> Trained:
     return trained(plan, losses, export, "*.pt")
 
 
+def toy(plan: Plan) -> Trained:
+    from contract.toy_adapter import OnnxExport
+    from contract.toy_framework import Plugin, Runner
+
+    class During(Plugin):
+        def before_step(self, runner: Runner, batch: Any) -> None:
+            plan.during(export, runner.step)
+
+    export = None if plan.options is None else OnnxExport(**plan.all_options)
+    plugins = [During()] + [export] * (export is not None)
+    net = plan.spread(plan.net)
+    every = EVERY if plan.saves else 0
+    runner = Runner(net, plan.root, every=every, keep=KEPT, plugins=plugins)
+    data = DataLoader(rows(), BATCH)
+    losses = runner.run(data, lambda module, batch: loss_of(module(batch[0]), batch[1]))
+    return trained(plan, losses, export, "*.pth")
+
+
 def trained(plan: Plan, losses: list[float], export: Any, pattern: str) -> Trained:
     """Read what the framework has kept."""
     kept = {}
     for path in sorted(plan.root.glob(pattern)):
         state = read_state_dict(path)
         kept[path.with_suffix(".onnx")] = {
-            name.rpartition("net.")[2]: tensor for name, tensor in state.items()
+            name.removeprefix("module.").removeprefix("net."): tensor
+            for name, tensor in state.items()
         }
     return Trained(losses, plan.net, kept, export, plan.root)
 
@@ -330,6 +349,7 @@ ADAPTERS: dict[str, Callable[[Plan], Trained]] = {
     "fabric": fabric,
     "ignite": ignite,
     "loop": loop,
+    "toy": toy,
 }
 WITH_AVERAGES = ("lightning", "pytorch_lightning", "fabric", "ignite", "loop")
 """Those whose framework, or whose user, saves averaged weights."""

@@ -1,4 +1,4 @@
-"""A training framework of ninety lines, for which a newcomer has written an adapter."""
+"""A training framework of a hundred lines, for which a newcomer has written an adapter."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ class Runner:
         return losses
 
     def write(self) -> None:
-        """Write a checkpoint, and delete the oldest if there are too many."""
+        """Write a checkpoint, and delete the oldest if there are too many; in the first process."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            return
         file = Path(self.folder, f"state-{self.step}.pth")
         content = {"network": self.module.state_dict(), "step": self.step, "scores": self.scores}
         self.tell("before_write", file)

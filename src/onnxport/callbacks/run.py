@@ -29,7 +29,7 @@ from onnxport.callbacks.training import never_raises
 from onnxport.callbacks.turns import Turns
 from onnxport.errors import ExportError, PublishError
 from onnxport.exporter.weights import weights_sha256
-from onnxport.report import ExportReport
+from onnxport.report import ExportReport, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from onnxport.callbacks.settings import Settings
     from onnxport.callbacks.training import Training, Weights
     from onnxport.exporter.target import Target
-    from onnxport.report import Provenance
 
 __all__ = ["ExportRun"]
 
@@ -480,7 +479,19 @@ class ExportRun:
         elif stored is not None:
             lacking = [name for name in self._sessions if self._lacks_model(best, name)]
             if lacking:
-                self._save(best, stored(), lacking)
+                self._save_stored(best, stored, lacking)
+
+    def _save_stored(
+        self, checkpoint: str, stored: Callable[[], Weights], names: Iterable[str]
+    ) -> None:
+        try:
+            weights = stored()
+        except Exception as error:  # a file that is gone, or damaged
+            logger.debug("%s cannot be read", checkpoint, exc_info=True)
+            reason = f"The weights of {checkpoint} cannot be had: {error}"
+            self._refuse(reason, Provenance(checkpoint=checkpoint), names)
+        else:
+            self._save(checkpoint, weights, names)
 
     def _lacks_model(self, checkpoint: str, name: str) -> bool:
         """Tell whether a checkpoint has no model, and was not tried in vain."""
