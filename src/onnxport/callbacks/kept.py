@@ -98,6 +98,7 @@ class KeptReports:
         self._reasons.setdefault(str(report.error), name)
         like = "as before" if first == name else f"as for {first}"
         text = message if first is None else f"No ONNX model for {name}, {like}."
+        text = text if text.endswith((".", "!", "?")) else f"{text}."
         logger.warning("%s", text if self.over else f"{text} Training goes on.")
 
     def update(self, place: int, record: TrackingRecord) -> ExportReport | None:

@@ -301,7 +301,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> tuple[str, ...]
     if wrong:
         raise ValueError(
             f"{len(wrong)} tensors of the checkpoint have no place in the module, "
-            f"e.g. {wrong[0]!r}. Was the state_dict edited in on_save_checkpoint?"
+            f"e.g. {wrong[0]!r}. Was the state_dict edited before it was saved?"
         )
     missing = [name for name in loaded if name not in plain]
     if not missing:
