@@ -54,13 +54,14 @@ def _shown(
 
         status = stack.enter_context(Console().status("onnxport"))
         return lambda stages: status.update(_text(stages))
-    last = time.monotonic()
+    last, said = time.monotonic(), ""
 
     def tell(stages: list[str]) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SAY_EVERY_S:
-            last = time.monotonic()
-            say(_text(stages))
+        nonlocal last, said
+        text = _text(stages)
+        if time.monotonic() - last >= SAY_EVERY_S and text != said:
+            last, said = time.monotonic(), text
+            say(text)
 
     return tell
 

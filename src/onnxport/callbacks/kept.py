@@ -134,7 +134,7 @@ class KeptReports:
         elif record.alias is not None:
             self._say(
                 f"onnxport: version {record.version} of {record.registered_name!r} "
-                f"({known_as(str(report.path))}) is {record.alias}"
+                f"({known_as(str(report.path))}) is {record.alias} now"
             )
         self._is_down = bool(record.missing)
         return report

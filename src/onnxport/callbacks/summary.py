@@ -42,10 +42,18 @@ def table_of(reports: Sequence[ExportReport]) -> list[tuple[str, ...]]:
     Args:
         reports: The last :data:`MOST_ROWS` of them have a row.
     """
-    return [_row(report) for report in reports[-MOST_ROWS:]]
+    holders = {_alias(report): report for report in reports}  # the last one that got it has it
+    return [
+        _row(report, holds=holders[_alias(report)] is report) for report in reports[-MOST_ROWS:]
+    ]
 
 
-def _row(report: ExportReport) -> tuple[str, ...]:
+def _alias(report: ExportReport) -> tuple[str | None, str | None]:
+    record = report.tracking
+    return (None, None) if record is None else (record.registered_name, record.alias)
+
+
+def _row(report: ExportReport, *, holds: bool) -> tuple[str, ...]:
     name = known_as(report.checkpoint) if report.checkpoint else "final weights"
     step = "" if report.global_step is None else str(report.global_step)
     error = report.max_abs_error
@@ -59,11 +67,11 @@ def _row(report: ExportReport) -> tuple[str, ...]:
         "" if error is None or not report.ok else f"{error:.1e}",
         f"{report.seconds.get('total', 0.0):.1f}",
         ", ".join(f"{key}={value:.4g}" for key, value in list(report.metrics.items())[:1]),
-        _registry(report),
+        _registry(report, holds=holds),
     )
 
 
-def _registry(report: ExportReport) -> str:
+def _registry(report: ExportReport, *, holds: bool) -> str:
     record = report.tracking
     if record is None:
         return ""
@@ -71,7 +79,7 @@ def _registry(report: ExportReport) -> str:
         return "not told yet"
     if record.version is None:
         return "logged"
-    return f"v{record.version}{f' {record.alias}' if record.alias else ''}"
+    return f"v{record.version}{f' {record.alias}' if record.alias and holds else ''}"
 
 
 def show(reports: Sequence[ExportReport], say: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ def _app() -> typer.Typer:
         import typer
 
     from onnxport.cli import bench, models, report, runs
+    from onnxport.cli.help import with_help
 
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
     made: tuple[Callable[..., None], ...] = (
@@ -40,9 +41,9 @@ def _app() -> typer.Typer:
         runs.doctor,
     )
     for command in made:
-        app.command(rich_help_panel="Models and checkpoints")(command)
+        app.command(rich_help_panel="Models and checkpoints")(with_help(command))
     for command in left:
-        app.command(rich_help_panel="Runs, the registry, the machine")(command)
+        app.command(rich_help_panel="Runs, the registry, the machine")(with_help(command))
 
     @app.callback()
     def _top() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
-from pathlib import Path  # noqa: TC003 - typer reads annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from onnxport.cli.inputs import Inputs, facts_at
@@ -47,7 +48,7 @@ def export(  # noqa: PLR0913 - options of a command
     """Make a proven model of a CHECKPOINT, or of each one in a folder.
 
     --module is package.module:Class or file.py:Class. The hyperparameters come from the checkpoint;
-    --set name=value gives others. What forward takes is said by --shape [name=]8x3x32x32[:dtype]
+    --set name=value gives others. What forward takes is said by --shape name=8x3x32x32:dtype
     for each input, by --example FILE (.pt, .npy, .npz), by --datamodule package.module:Class, or by
     the module's example_input_array. --variant fp16, int8 or int8-static makes smaller children of
     each model, too. A folder is done by --workers processes: one export, then
@@ -81,6 +82,7 @@ def export(  # noqa: PLR0913 - options of a command
                 **options,
             )
 
+    start = time.time()
     reports = or_exit(work, as_json=json)
     made = sum(report.ok for report in reports)
     untold = [each for each in reports if each.tracking is not None and each.tracking.missing]
@@ -90,11 +92,19 @@ def export(  # noqa: PLR0913 - options of a command
         for report in reports if len(reports) == 1 else []:
             typer.echo(line_of(report))
         if len(reports) > 1:
-            typer.echo(f"{made} of {len(reports)} checkpoints have a proven model.")
+            had = sum(_is_older(report, start) for report in reports)
+            more = f" {had} had one already." if had else ""
+            typer.echo(f"{made} of {len(reports)} checkpoints have a proven model.{more}")
         for text in dict.fromkeys(str(each.tracking and each.tracking.missing) for each in untold):
             typer.echo(f"MLflow was not told, `onnxport sync` tells it later: {text}", err=True)
     if made < len(reports) or untold:
         raise typer.Exit(INCOMPLETE)
+
+
+def _is_older(report: ExportReport, start: float) -> bool:
+    """Tell whether a model was there before the command began."""
+    model = Path(str(report.path))
+    return report.ok and model.is_file() and model.stat().st_mtime < start
 
 
 def verify(  # noqa: PLR0913 - options of a command

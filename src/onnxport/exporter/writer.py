@@ -177,7 +177,9 @@ def finish_graph(
     _rename_initializers(model, weights)
     _complete_shapes(model.graph.inputs, signature.inputs)
     _complete_shapes(model.graph.outputs, signature.outputs)
-    model.producer_name = "onnxport"
+    from onnxport import __version__
+
+    model.producer_name, model.producer_version = "onnxport", __version__
     return known
 
 

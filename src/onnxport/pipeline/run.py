@@ -382,10 +382,11 @@ def _draft(job: ExportJob) -> ExportReport:
 
 
 def _no_core(report: ExportReport) -> str:
-    tried = "; ".join(
-        f"{attempt.core}{f' ({attempt.variant})' if attempt.variant else ''}: {attempt.reason}"
-        for attempt in report.attempts
-    )
+    cores: dict[str, list[str]] = {}
+    for attempt in report.attempts:
+        name = f"{attempt.core}{f' ({attempt.variant})' if attempt.variant else ''}"
+        cores.setdefault(attempt.reason, []).append(name)
+    tried = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in cores.items())
     return f"No core produced a model that passed the proof. {tried}"
 
 
