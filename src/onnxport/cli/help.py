@@ -32,7 +32,7 @@ OPTIONS = {
     "register": "Name in the model registry.",
     "seconds": "How long to measure, in seconds.",
     "set": "name=value: an argument of the module; may be given several times.",
-    "shape": "name=8x3x32x32:dtype of an input (8x3x32x32 alone will do); may be given several times.",
+    "shape": "name=8x3x32x32:dtype, or 8x3x32x32, of an input; may be given several times.",
     "size": "name=128: a symbolic size besides the batch; may be given several times.",
     "target": "Name of the submodule or method that is exported.",
     "tracking_uri": "Address of MLflow; default: MLFLOW_TRACKING_URI.",
