@@ -332,6 +332,8 @@ def toy(plan: Plan) -> Trained:
 
 def trained(plan: Plan, losses: list[float], export: Any, pattern: str) -> Trained:
     """Read what the framework has kept."""
+    if plan.processes > 1:
+        torch.distributed.barrier()  # the first process writes, and may not have finished
     kept = {}
     for path in sorted(plan.root.glob(pattern)):
         state = read_state_dict(path)
