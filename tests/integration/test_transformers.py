@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -30,8 +31,6 @@ from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.ownership import read_metadata
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from onnxport import ExportReport
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -244,6 +243,29 @@ def test_a_run_that_goes_on_replaces_its_models(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "checkpoint-6" / "model.onnx")[
         "weights_sha256"
     ] == onnxport.weights_sha256(state)
+
+
+def test_weights_of_another_name_keep_their_models(tmp_path: Path) -> None:
+    class Renames(Trainer):
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            folder = Path(str(output_dir))
+            (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+    export = callback()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    collator = DataCollatorWithPadding(tokenizer())
+    data: Any = texts()
+    Renames(
+        classifier(), arguments, train_dataset=data, data_collator=collator, callbacks=[export]
+    ).train()
+    assert len(proven(export)) == 2
+    assert {path.parent.name for path in tmp_path.rglob("model.onnx")} == {
+        "checkpoint-2",
+        "checkpoint-4",
+    }
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:

@@ -87,9 +87,13 @@ class LoopCallback(ExportCallback):
     def _remember(self, checkpoint: str) -> None:
         self._saved_paths[checkpoint] = None
 
+    def _is_there(self, checkpoint: str) -> bool:
+        """Tell whether a checkpoint has not been removed."""
+        return os.path.lexists(checkpoint)
+
     def _look_for_removed(self) -> None:
         """Remove the models of checkpoints that somebody has removed."""
-        for checkpoint in [path for path in self._saved_paths if not os.path.lexists(path)]:
+        for checkpoint in [path for path in self._saved_paths if not self._is_there(path)]:
             del self._saved_paths[checkpoint]
             self._run.removing(checkpoint)
             self._run.removed(checkpoint)

@@ -130,10 +130,13 @@ class OnnxExport(LoopCallback, TrainerCallback):
 
     # --- weights ----------------------------------------------------------------------------
 
-    def _checkpoint(self, state: Any, step: int | None = None) -> str:
+    def _checkpoint(self, state: Any) -> str:
         """Return the file of a checkpoint's weights, or what it would be."""
-        folder = Path(self._args.output_dir, f"checkpoint-{step or state.global_step}")
-        return _weights_in(folder)
+        return _weights_in(Path(self._args.output_dir, f"checkpoint-{state.global_step}"))
+
+    @override
+    def _is_there(self, checkpoint: str) -> bool:
+        return Path(checkpoint).parent.is_dir()  # an adapter's weights have another name
 
     def _weights(self, checkpoint: str | None = None) -> Weights:
         return Weights(state=dict(self._module.state_dict()), origin=self._origin(checkpoint))
@@ -169,7 +172,7 @@ class OnnxExport(LoopCallback, TrainerCallback):
                 metrics = {name: float(state.best_metric)}
         return Provenance(
             checkpoint=checkpoint,
-            epoch=None if state.epoch is None else int(state.epoch),
+            epoch=int(state.epoch or 0) if step == state.global_step else None,
             global_step=step,
             metrics=metrics,
             monitor=name or None,
