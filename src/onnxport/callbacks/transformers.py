@@ -41,7 +41,7 @@ _OF_LOSS = frozenset({"num_items_in_batch", "return_loss"})
 """What the Trainer itself adds to a call."""
 
 
-class OnnxExport(LoopCallback, TrainerCallback):
+class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
     """Turns every checkpoint of a Trainer into a proven ONNX model, ``checkpoint-N/model.onnx``.
 
     The model gets what the model got in training without labels, and gives no loss. The tokenizer's
@@ -190,4 +190,4 @@ def _weights_in(folder: Path) -> str:
 
 def _labels(module: nn.Module, named: Collection[str] | None) -> Collection[str]:
     """Name what of a call only the loss needs."""
-    return {*(named or ()), *find_labels(type(module)), *_OF_LOSS}  # type: ignore[no-untyped-call]
+    return {*(named or ()), *find_labels(type(module)), *_OF_LOSS}
