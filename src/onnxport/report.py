@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 
+TO_REPEAT = " To repeat it: "
+"""What comes before the file that repeats a failure."""
 _SHARED_NAMES = frozenset({"model", "pytorch_model"})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import zoo
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 FIT = """
 import sys
 import lightning.pytorch as pl
+import torch
 import zoo
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from onnxport import OnnxExport
@@ -186,3 +188,24 @@ def test_a_terminal_gets_a_drawn_table(bar: str, tmp_path: Path) -> None:
     assert "onnx" in text
     assert "3 of 3 checkpoints have a proven model" in text
     assert "┃" in text
+
+
+class Impossible(torch.nn.Module):
+    """Has an operator without an ONNX form."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eig(image[:, 0, :3, :3])[0].real
+
+
+def test_what_the_trial_has_said_is_not_said_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = zoo.Classifier(torch.nn.Sequential(Impossible(), torch.nn.Linear(3, 3)))
+    export = OnnxExport(core="trace", background=False, preflight=True, mlflow=False)
+    zoo.trainer(tmp_path, zoo.checkpoints(tmp_path), export, epochs=2).fit(module, zoo.loader())
+    said = [text for text in caplog.messages if "linalg_eig" in text or "No ONNX model" in text]
+    assert len(said) == 3
+    assert said[0].startswith("The module does not export [OX300]")
+    assert all(text.endswith("as for the trial. Training goes on.") for text in said[1:])
+    assert not any("No core produced" in row[2] for row in table_of(export.reports))
+    assert "To repeat it: " in said[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxport._events import event
 from onnxport.errors import ExportError, TrackingError
-from onnxport.report import known_as
+from onnxport.report import TO_REPEAT, known_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -94,12 +94,21 @@ class KeptReports:
         if self._failure is None:
             self._failure = ExportError(message, report)
         # A reason may be long, and the same for each checkpoint.
-        first = self._reasons.get(str(report.error))
-        self._reasons.setdefault(str(report.error), name)
+        reason = _reason(report)
+        first = self._reasons.get(reason)
+        self._reasons.setdefault(reason, name)
         like = "as before" if first == name else f"as for {first}"
         text = message if first is None else f"No ONNX model for {name}, {like}."
         text = text if text.endswith((".", "!", "?")) else f"{text}."
         logger.warning("%s", text if self.over else f"{text} Training goes on.")
+
+    def tried(self, report: ExportReport) -> None:
+        """Remember why the trial before the first checkpoint has failed: it was said at length.
+
+        Args:
+            report: Of the trial.
+        """
+        self._reasons.setdefault(_reason(report), "the trial")
 
     def update(self, place: int, record: TrackingRecord) -> ExportReport | None:
         """Add what a tracking server holds to a report; return the report.
@@ -199,3 +208,8 @@ def _success_line(report: ExportReport) -> str:
         f"{', '.join(dims) or 'nothing'}, max error {report.max_abs_error:.1e}, "
         f"{report.seconds.get('total', 0.0):.1f} s)"
     )
+
+
+def _reason(report: ExportReport) -> str:
+    """Return why there is no model, without where that can be repeated."""
+    return str(report.error).partition(TO_REPEAT)[0]

@@ -375,6 +375,7 @@ class ExportSession:
                 )
                 logger.warning(text, report.code, report.error)
             else:
+                self._kept.tried(report)
                 failed(report)
 
         self._turns.take(partial(self._begin, saved, finished, publish=False))

@@ -17,6 +17,8 @@ __all__ = ["show", "status_of", "table_of"]
 
 HEAD = ("checkpoint", "step", "model", "max error", "seconds", "metric", "registry")
 MOST_ROWS = 20
+_NO_CORE = "No core produced a model that passed the proof. "
+"""What says the code of such a failure, too."""
 _TEXT = 60
 """Characters of a reason."""
 
@@ -58,7 +60,7 @@ def _row(report: ExportReport, *, holds: bool) -> tuple[str, ...]:
     step = "" if report.global_step is None else str(report.global_step)
     error = report.max_abs_error
     how = f"{report.core}, refreshed" if report.how == "refresh" else str(report.core)
-    reason = " ".join(str(report.error).split())
+    reason = " ".join(str(report.error).removeprefix(_NO_CORE).split())
     short = reason if len(reason) <= _TEXT else f"{reason[: _TEXT - 3]}..."
     return (
         name,

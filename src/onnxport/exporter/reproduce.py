@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from onnxport.exporter.base import ExportRequest
     from onnxport.tree import Spec
 
-__all__ = ["MAX_MODULE_BYTES", "FailedAttempt", "reproduction_path", "write_reproduction"]
+__all__ = [
+    "MAX_MODULE_BYTES",
+    "FailedAttempt",
+    "loads_module",
+    "reproduction_path",
+    "write_reproduction",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,11 @@ class FailedAttempt:
 def reproduction_path(model: Path) -> Path:
     """Return the folder for a model that did not come out: ``epoch=3.onnx.failed``."""
     return model.with_name(model.name + SUFFIX)
+
+
+def loads_module(folder: Path) -> bool:
+    """Tell whether what was written repeats the failure as it is; else the module is not in it."""
+    return (folder / MODULE).is_file()
 
 
 def write_reproduction(

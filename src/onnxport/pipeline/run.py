@@ -20,7 +20,12 @@ from onnxport.errors import (
 )
 from onnxport.exporter.ladder import Climb, climb, rungs
 from onnxport.exporter.memory import RungMemory, model_key
-from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
+from onnxport.exporter.reproduce import (
+    FailedAttempt,
+    loads_module,
+    reproduction_path,
+    write_reproduction,
+)
 from onnxport.exporter.target import target_text
 from onnxport.exporter.template import StaleTemplateError
 from onnxport.exporter.weights import weights_sha256
@@ -41,7 +46,7 @@ from onnxport.pipeline.refresh import refresh
 from onnxport.pipeline.report_files import discard_stale, save_report, write_report
 from onnxport.pipeline.stopwatch import Stopwatch
 from onnxport.pipeline.variants import Variants
-from onnxport.report import Attempt, ExportReport
+from onnxport.report import TO_REPEAT, Attempt, ExportReport
 from onnxport.validation.session import PrepSessions
 
 if TYPE_CHECKING:
@@ -292,7 +297,10 @@ class Pipeline:
         request = plan.request(job.options.opset)
         folder = write_reproduction(reproduction_path(job.path), request, failures)
         self._reproduced = folder is not None
-        return f" To repeat it: {folder}/reproduce.py" if folder is not None else ""
+        if folder is None:
+            return ""
+        how = "" if loads_module(folder) else ", once its load_module() says how the module is made"
+        return f"{TO_REPEAT}{folder}/reproduce.py{how}"
 
     def _climb(self, candidate: Candidate, before: Climb) -> Climb:
         """Try the rungs on one plan; the proven model is staged when one won.
