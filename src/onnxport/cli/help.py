@@ -52,13 +52,14 @@ def with_help(command: Callable[..., None]) -> Callable[..., None]:
     import typer
 
     hints = get_type_hints(command, include_extras=True)
-    for name in inspect.signature(command).parameters:
+    for name, parameter in inspect.signature(command).parameters.items():
         kind = hints[name]
         if get_origin(kind) is Annotated:
             plain, text = get_args(kind)[:2]
             if not isinstance(text, str):  # it has been done before
                 continue
-            shown: Any = typer.Argument(help=text)
+            by_name = parameter.kind is parameter.KEYWORD_ONLY
+            shown: Any = typer.Option(help=text) if by_name else typer.Argument(help=text)
         elif name in OPTIONS:
             plain, shown = kind, typer.Option(help=OPTIONS[name])
         else:
