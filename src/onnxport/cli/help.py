@@ -58,8 +58,8 @@ def with_help(command: Callable[..., None]) -> Callable[..., None]:
             plain, text = get_args(kind)[:2]
             if not isinstance(text, str):  # it has been done before
                 continue
-            by_name = parameter.kind is parameter.KEYWORD_ONLY
-            shown: Any = typer.Option(help=text) if by_name else typer.Argument(help=text)
+            needed = parameter.default is parameter.empty
+            shown: Any = typer.Argument(help=text) if needed else typer.Option(help=text)
         elif name in OPTIONS:
             plain, shown = kind, typer.Option(help=OPTIONS[name])
         else:
