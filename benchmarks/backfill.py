@@ -104,7 +104,6 @@ def main() -> None:
         module, image = Net(), torch.randn(8, 1, 28, 28)
         reports = onnxport.backfill(folder, module, image, workers=given.processes)
         seconds = time.perf_counter() - start
-        each = sorted(report.seconds["total"] for report in reports if "total" in report.seconds)
         facts = {
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -114,9 +113,9 @@ def main() -> None:
             "processes": given.processes,
             "proven": sum(report.ok for report in reports),
             "refreshed": sum(report.how == "refresh" for report in reports),
+            "errors": sorted({str(report.error)[:200] for report in reports if not report.ok}),
             "seconds": round(seconds, 1),
             "per_minute": round(60 * len(reports) / seconds),
-            "median_s": round(each[len(each) // 2], 3) if each else None,
             "looked_at": len(range(0, given.checkpoints, LOOKED_AT)),
             "wrong": wrong(folder),
         }
@@ -125,7 +124,9 @@ def main() -> None:
     rows = [(key, facts[key]) for key in list(facts)[4:]]
     text = f"# Backfill\n\n{facts['date']}, {known}, {facts['machine']}. Made by "
     text += "`benchmarks/backfill.py`.\n\n| | |\n|---|---|\n"
-    text += "".join(f"| {key.replace('_', ' ')} | {value or 'none'} |\n" for key, value in rows)
+    for key, value in rows:
+        shown = "; ".join(value) if isinstance(value, list) else value
+        text += f"| {key.replace('_', ' ')} | {shown or 'none'} |\n"
     (RESULTS / "backfill.md").write_text(text)
     print(text)
 
