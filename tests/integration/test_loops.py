@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from onnxport import MLflow
-from onnxport.callbacks import fabric, ignite
+from onnxport.callbacks import fabric, ignite, loops
 from onnxport.callbacks.loop import Exporter
 from onnxport.errors import ConfigurationError
 
@@ -194,3 +196,34 @@ def test_a_copy_makes_no_steps_and_the_module_is_as_it_was(tmp_path: Path) -> No
     assert not net._forward_pre_hooks
     whole = torch.load(tmp_path / "whole.pth", weights_only=False)
     assert torch.equal(whole[0].weight, net[0].weight)
+
+
+class Wraps(nn.Module):
+    """Really has a part that is called as PyTorch's wrappers call theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+def test_a_part_that_is_called_module(tmp_path: Path) -> None:
+    net = Wraps()
+    with Exporter(net, tmp_path, **QUICK) as exporter:
+        net(torch.randn(3, 4))
+        averages = torch.optim.swa_utils.AveragedModel(net)
+        exporter.save(tmp_path / "a.pt", {"model": net.state_dict()})
+        exporter.save(tmp_path / "b.pt", {"model": averages.state_dict()})
+    assert [report.error for report in exporter.reports if not report.ok] == []
+    assert models(tmp_path) == {"a.onnx", "b.onnx"}
+
+
+def test_a_process_that_was_forked_ends_no_training(tmp_path: Path) -> None:
+    net = network()
+    with Exporter(net, tmp_path, **QUICK) as exporter:
+        loops._end(weakref.ref(exporter), os.getpid() + 1)
+        assert not exporter._over
+        loops._end(weakref.ref(exporter), os.getpid())
+        assert exporter._over

@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from onnxport._files import is_there
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import (
-    LoopCallback,
-    bare,
-    is_first_process,
-    watch_steps,
-    weights_of,
-)
+from onnxport.callbacks.loops import LoopCallback, bare, is_first_process, watch_steps, weights_of
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights
 from onnxport.errors import ConfigurationError
@@ -145,11 +140,11 @@ class Exporter(LoopCallback):
                 f"What is saved to {checkpoint} holds no weights of the model: {list(content)}. "
                 "Put model.state_dict() into it."
             )
+        found = {name: float(value) for name, value in (metrics or {}).items()}
         self._look_for_removed()
         self._run.saving(checkpoint)
         torch.save(content, checkpoint)
         self._remember(checkpoint)
-        found = {name: float(value) for name, value in (metrics or {}).items()}
         self._scores[checkpoint] = found.get(self._monitor or "", math.nan)
         origin = Provenance(
             checkpoint=checkpoint,
@@ -184,7 +179,7 @@ class Exporter(LoopCallback):
 
     def _best(self) -> str | None:
         """Return the checkpoint of the best score; without scores the last one."""
-        there = [path for path in self._scores if Path(path).exists()]
+        there = [path for path in self._scores if is_there(Path(path))]
         scored = [path for path in there if not math.isnan(self._scores[path])]
         if not scored:
             return there[-1] if there else None

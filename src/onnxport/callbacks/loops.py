@@ -53,7 +53,7 @@ class LoopCallback(ExportCallback):
             self._run.fail()
         super()._begin(run)
         self._over = False
-        atexit.register(_end, weakref.ref(self))
+        atexit.register(_end, weakref.ref(self), os.getpid())
 
     def _finish(self, best: str | None = None, **options: Any) -> None:
         """Training is over: see :meth:`ExportRun.finish`."""
@@ -99,10 +99,10 @@ class LoopCallback(ExportCallback):
             self._run.removed(checkpoint)
 
 
-def _end(reference: weakref.ref[LoopCallback]) -> None:
+def _end(reference: weakref.ref[LoopCallback], process: int) -> None:
     """Python ends: by an error of the user's, or because all is done."""
     callback = reference()
-    if callback is None:
+    if callback is None or os.getpid() != process:  # a process that was forked has no training
         return
     if getattr(sys, "last_value", None) is not None:
         callback._fail()  # noqa: SLF001 - of this module
@@ -142,16 +142,18 @@ def weights_of(content: Any, module: nn.Module) -> Mapping[str, Any] | None:
         for place in places:
             if isinstance(place, torch.nn.Module) and bare(place) is module:
                 return module.state_dict()
-            if hasattr(place, "keys") and names and _plain_names(place) >= names:
-                return {_plain_name(name): value for name, value in place.items()}
-        found = weights_in(content)
+            if not hasattr(place, "keys") or not names:
+                continue
+            for named in (place, _plainly_named(place)):  # a part may really be called "module"
+                if names <= set(named):
+                    return {name: value for name, value in named.items() if name in names}
+        return _plainly_named(weights_in(content))
     except (KeyError, TypeError, AttributeError):
         return None
-    return {_plain_name(name): value for name, value in found.items()}
 
 
-def _plain_names(state: Any) -> set[str]:
-    return {_plain_name(name) for name in state if isinstance(name, str)}
+def _plainly_named(state: Any) -> dict[str, Any]:
+    return {_plain_name(name): value for name, value in state.items() if isinstance(name, str)}
 
 
 def _plain_name(name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from onnxport.callbacks.training import never_raises
 from onnxport.exporter.global_state import preserved_globals
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ __all__ = [
     "without_autocast",
 ]
 
+logger = logging.getLogger(__name__)
+
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of configuration, tokenizers and processors in a checkpoint."""
 _NO_COMPANIONS = frozenset({"trainer_state.json", "model.safetensors.index.json"})
@@ -32,7 +36,7 @@ _NO_COMPANIONS = frozenset({"trainer_state.json", "model.safetensors.index.json"
 def notes_of(module: nn.Module) -> dict[str, str]:
     """Say what the classes are called, where the module knows."""
     labels = getattr(getattr(module, "config", None), "id2label", None)
-    return {"id2label": json.dumps(labels)} if labels else {}
+    return {"id2label": json.dumps(labels, default=str)} if labels else {}
 
 
 def companions_in(folder: Path) -> list[str]:
@@ -47,9 +51,12 @@ def first_rows(loader: Any) -> Any:
     """Make a batch of the first two rows: where calls are compiled none can be watched."""
     if loader is None:
         return None
-    with preserved_globals():
-        rows = [loader.dataset[place] for place in range(2)]
-        batch = loader.collate_fn(rows)
+    try:
+        with preserved_globals():
+            batch = loader.collate_fn([loader.dataset[place] for place in range(2)])
+    except Exception:  # a user's, which may have no places, or fewer rows
+        logger.debug("No batch could be made of the first rows", exc_info=True)
+        return None
     return dict(batch) if hasattr(batch, "keys") else None
 
 
@@ -103,8 +110,9 @@ class Dated:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Write the state, and put the times right."""
         self._write(*args, **kwargs)
-        for folder in self._folders():
-            _date(folder)
+        with never_raises("keeping the times of checkpoints"):
+            for folder in self._folders():
+                _date(folder)
 
     def stop(self) -> None:
         """Leave the state as it was."""

@@ -21,19 +21,16 @@ class Spread:
     Args:
         module: The module, without wrappers.
         wrapped: What is called in training: the module, or a wrapper of several processes.
+
+    Attributes:
+        is_spread: Whether each process has a part of the weights only.
     """
 
     def __init__(self, module: nn.Module, wrapped: nn.Module) -> None:
         self._module, self._wrapped = module, wrapped
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether each process has a part of the weights only."""
-        return self._is_flat or is_spread(dict(self._module.named_parameters()))
-
-    @property
-    def _is_flat(self) -> bool:
-        return is_flattened(self._wrapped)
+        # Once: it is asked at each step, and looks at each parameter.
+        self._is_flat = is_flattened(wrapped)
+        self.is_spread = self._is_flat or is_spread(dict(module.named_parameters()))
 
     def is_in(self, content: Mapping[str, Any]) -> bool:
         """Tell whether somebody saves the weights of the module.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from onnxport._files import is_there
 from onnxport._optional import optional_import
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.loops import LoopCallback, bare
@@ -154,8 +155,8 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         """Return the best checkpoint, or the last one."""
         if state.best_model_checkpoint:
             best = _weights_in(Path(state.best_model_checkpoint))
-            return best if Path(best).exists() else None
-        there = [path for path in self._saved_paths if Path(path).exists()]
+            return best if is_there(Path(best)) else None
+        there = [path for path in self._saved_paths if is_there(Path(path))]
         return there[-1] if there else None
 
     def _origin(self, checkpoint: str | None) -> Provenance:

@@ -95,7 +95,8 @@ def package_model(model: Model, folder: Path, logged_model: Any, run_id: str) ->
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(weights)
     for companion in model.companions:
-        (folder / companion.name).symlink_to(companion)
+        if not (folder / companion.name).exists():  # MLflow's own requirements.txt, say
+            (folder / companion.name).symlink_to(companion)
     described.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     described.save(str(folder / COMMIT_MARKER))
 
