@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import create_autospec
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -34,7 +36,6 @@ from onnxport.signature import ModelSignature, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
 BIAS = np.array([1.0, 2.0, 3.0], dtype=np.float32)
@@ -123,6 +124,48 @@ def test_the_staging_folder_is_removed_after_an_error_too(tmp_path: Path) -> Non
         staged.write_text("half", encoding="utf-8")
         raise ValueError("in the middle")
     assert files(tmp_path) == []
+
+
+def test_a_folder_that_somebody_is_about_to_sweep_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making it and locking it another process may have come."""
+    make, swept = writer.tempfile.mkdtemp, []
+
+    def met(**options: Any) -> str:
+        folder = make(**options)
+        if not swept:
+            lock = FileLock(f"{folder}/lock", timeout=0, thread_local=False)
+            lock.acquire()
+            swept.append((folder, lock))
+        return folder
+
+    monkeypatch.setattr(writer.tempfile, "mkdtemp", met)
+    with staging(tmp_path / "model.onnx") as staged:
+        ((folder, lock),) = swept
+        assert staged.parent != Path(folder)
+        staged.write_bytes(b"model")
+        lock.release()
+        sweep(tmp_path)
+        assert staged.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_loses_its_name_before_it_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has made it, and locks it once it is unlocked for removal, sees that it is not there."""
+    left, clear, there = tmp_path / f"{writer.STAGING}left", writer._clear, []
+    left.mkdir()
+
+    def cleared(*given: Any) -> None:
+        there.append(left.exists())
+        clear(*given)
+
+    monkeypatch.setattr(writer, "_clear", cleared)
+    sweep(tmp_path)
+    assert there == [False]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_stagings_of_one_model_do_not_meet(tmp_path: Path) -> None:

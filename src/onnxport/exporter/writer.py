@@ -105,9 +105,20 @@ def sweep(folder: Path) -> None:
             with suppress(OSError):
                 left.unlink()
             continue
-        lock = _lock(left)
+        try:
+            lock = _lock(left)
+        except Timeout:  # somebody works in it
+            continue
         if lock is not None:
-            _clear(left, lock)
+            _clear(_taken_away(left), lock)
+
+
+def _taken_away(folder: Path) -> Path:
+    """Give a folder another name: who has made it, and comes too late to lock it, sees that."""
+    try:
+        return folder.rename(_fresh_name(folder.parent))
+    except OSError:
+        return folder
 
 
 def _clear(folder: Path, lock: FileLock | None) -> None:
@@ -138,9 +149,11 @@ def _locked_folder(parent: Path) -> tuple[Path, FileLock | None]:
     """
     for _ in range(_TRIES):
         folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
-        lock = _lock(folder)
-        # Somebody may sweep it before it is locked.
-        if folder.exists():
+        try:
+            lock = _lock(folder)
+        except Timeout:  # somebody is about to sweep it
+            continue
+        if folder.exists():  # nobody has swept it before it was locked
             return folder, lock
         if lock is not None:
             lock.release()
@@ -148,11 +161,20 @@ def _locked_folder(parent: Path) -> tuple[Path, FileLock | None]:
 
 
 def _lock(folder: Path) -> FileLock | None:
-    """Lock a staging folder; the system unlocks it when the process ends, however it ends."""
+    """Lock a staging folder; the system unlocks it when the process ends, however it ends.
+
+    Returns:
+        The lock; ``None``: folders cannot be locked here, or this one is gone.
+
+    Raises:
+        Timeout: If somebody else has locked it.
+    """
     lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
     try:
         lock.acquire()
-    except (Timeout, OSError, NotImplementedError):
+    except Timeout:  # which is an OSError
+        raise
+    except (OSError, NotImplementedError):
         return None
     return lock
 
