@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from contract.toy_framework import Plugin, Runner
 
+from onnxport.callbacks.adapter import LoopCallback, bare, is_first_process, weights_of
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import LoopCallback, bare, is_first_process, weights_of
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights, never_raises
 from onnxport.exporter.checkpoint_file import read_state_dict

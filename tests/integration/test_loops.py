@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from onnxport import MLflow
-from onnxport.callbacks import fabric, ignite, loops
+from onnxport.callbacks import adapter, fabric, ignite
 from onnxport.callbacks.loop import Exporter
 from onnxport.errors import ConfigurationError
 
@@ -223,7 +223,7 @@ def test_a_part_that_is_called_module(tmp_path: Path) -> None:
 def test_a_process_that_was_forked_ends_no_training(tmp_path: Path) -> None:
     net = network()
     with Exporter(net, tmp_path, **QUICK) as exporter:
-        loops._end(weakref.ref(exporter), os.getpid() + 1)
+        adapter._end(weakref.ref(exporter), os.getpid() + 1)
         assert not exporter._over
-        loops._end(weakref.ref(exporter), os.getpid())
+        adapter._end(weakref.ref(exporter), os.getpid())
         assert exporter._over

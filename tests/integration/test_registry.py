@@ -272,6 +272,13 @@ def test_people_are_told_at_once_that_a_server_is_down(
         decide("n", tracking_uri=uri)
 
 
+def test_no_password_is_shown_when_a_server_is_down() -> None:
+    uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as caught:
+        rollback("n", tracking_uri=uri)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_registry_may_be_elsewhere(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(store)
     runs.run(0.5)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
+from onnxport.callbacks.adapter import LoopCallback, bare
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import LoopCallback, bare
 from onnxport.callbacks.mirrored_saver import MirroredSave
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.spread import Spread

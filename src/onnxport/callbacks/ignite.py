@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxport._optional import optional_import
+from onnxport.callbacks.adapter import LoopCallback, bare, is_first_process, weights_of
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import LoopCallback, bare, is_first_process, weights_of
 from onnxport.callbacks.mirrored_saver import mirrored
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from onnxport._files import is_there
+from onnxport.callbacks.adapter import LoopCallback, bare, is_first_process, watch_steps, weights_of
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import LoopCallback, bare, is_first_process, watch_steps, weights_of
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights
 from onnxport.errors import ConfigurationError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onnxport.callbacks.loops import bare, weights_of
+from onnxport.callbacks.adapter import bare, weights_of
 from onnxport.exporter.unsharded import gathered, is_flattened, is_spread, whole_module
 
 if TYPE_CHECKING:

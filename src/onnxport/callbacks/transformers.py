@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from onnxport._files import is_there
 from onnxport._optional import optional_import
+from onnxport.callbacks.adapter import LoopCallback, bare
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.loops import LoopCallback, bare
 from onnxport.callbacks.pretrained import (
     Dated,
     companions_in,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxport._optional import optional_import
 from onnxport.errors import TrackingError
+from onnxport.tracking.base import without_password
 from onnxport.tracking.reachable import require_reachable
 from onnxport.tracking.registry import Registry
 
@@ -103,7 +104,8 @@ def _registry(name: str, alias: str, tracking_uri: str | None) -> Iterator[Regis
     try:
         require_reachable(asked, HEALTH_S)  # MLflow itself would try for minutes
     except TrackingError as error:
-        raise TrackingError(f"The server at {asked} is not used: {error}.") from error
+        shown = without_password(asked)
+        raise TrackingError(f"The server at {shown} is not used: {error}.") from error
     try:
         yield Registry(MlflowClient(tracking_uri=uri), name, alias)
     except MlflowException as error:
