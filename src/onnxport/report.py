@@ -324,6 +324,8 @@ class ExportReport:
         epoch: ``current_epoch`` at the time of saving.
         global_step: Number of optimizer steps taken.
         metrics: Metrics at the time of saving.
+        monitor: Name of the metric that decides which checkpoint is best, or ``None``.
+        mode: ``"min"`` or ``"max"`` for that metric.
         weights_sha256: Hash of the checkpoint's ``state_dict``, see
             :func:`onnxport.weights_sha256`.
         target: What was exported: ``""`` for the whole module, else the name of a submodule.
@@ -362,6 +364,8 @@ class ExportReport:
     epoch: int | None = None
     global_step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
     weights_sha256: str | None = None
     target: str = ""
     inputs: tuple[TensorSpec, ...] = ()
@@ -393,6 +397,25 @@ class ExportReport:
         return _largest_error(self.checks)
 
     @classmethod
+    def begun(cls, origin: Provenance, target: str = "") -> ExportReport:
+        """Return the report of weights that are not a model yet.
+
+        Args:
+            origin: Where the weights come from.
+            target: What is exported, in words; ``""``: the whole module.
+        """
+        return cls(
+            ok=False,
+            checkpoint=origin.checkpoint,
+            epoch=origin.epoch,
+            global_step=origin.global_step,
+            metrics=origin.metrics,
+            monitor=origin.monitor,
+            mode=origin.mode,
+            target=target,
+        )
+
+    @classmethod
     def of_failure(
         cls, error: str, origin: Provenance, code: str = ExportError.code
     ) -> ExportReport:
@@ -403,15 +426,7 @@ class ExportReport:
             origin: Where the weights come from.
             code: Of the error.
         """
-        return cls(
-            ok=False,
-            checkpoint=origin.checkpoint,
-            epoch=origin.epoch,
-            global_step=origin.global_step,
-            metrics=origin.metrics,
-            error=error,
-            code=code,
-        )
+        return replace(cls.begun(origin), error=error, code=code)
 
     def failed(self, error: BaseException) -> ExportReport:
         """Return the same report, of an export that has failed like this."""

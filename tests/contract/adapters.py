@@ -249,6 +249,31 @@ def loop(plan: Plan) -> Trained:
     return trained(plan, losses, export, "*.ckpt")
 
 
+def accelerate(plan: Plan) -> Trained:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from onnxport.callbacks.accelerate import OnnxExport
+
+    places = ProjectConfiguration(
+        str(plan.root), automatic_checkpoint_naming=True, total_limit=KEPT
+    )
+    accelerator = Accelerator(cpu=True, project_config=places)
+    net, optimizer = accelerator.prepare(plan.net, torch.optim.SGD(plan.net.parameters(), 0.1))
+    export = None
+    if plan.options is not None:
+        export = OnnxExport(**plan.all_options).attach(accelerator)
+
+    def save(*_: Any) -> None:
+        accelerator.save_state()
+
+    losses = by_hand(plan, net, optimizer, export, accelerator.backward, None, save)
+    if plan.processes > 1:  # others train next in the group
+        accelerator.state.destroy_process_group = lambda: None
+    accelerator.end_training()
+    return trained(plan, losses, export, "checkpoints/*/model.safetensors")
+
+
 def by_hand(
     plan: Plan, net: Any, optimizer: Any, export: Any, backward: Any, ema: Any, save: Any
 ) -> list[float]:
@@ -350,6 +375,7 @@ ADAPTERS: dict[str, Callable[[Plan], Trained]] = {
     "transformers": transformers,
     "fabric": fabric,
     "ignite": ignite,
+    "accelerate": accelerate,
     "loop": loop,
     "toy": toy,
 }

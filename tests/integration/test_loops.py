@@ -29,6 +29,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 QUICK: dict[str, Any] = {"core": "trace", "background": False, "mlflow": False, "console": False}
 
 
+PEERS: tuple[dict[str, Any], ...] = ({}, {}, {"target": "0"})
+"""Callbacks of one training: the second one has no names left."""
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -62,6 +66,19 @@ def test_two_modules_have_models_of_the_first(tmp_path: Path) -> None:
     (report,) = callback.reports
     assert report.ok, report.error
     assert [spec.shape for spec in report.outputs] == [("batch", 2)]
+
+
+def test_two_callbacks_of_one_fabric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, same, part = (
+        fabric.OnnxExport(folder=tmp_path, **QUICK, **options) for options in PEERS
+    )
+    runner = Fabric(accelerator="cpu", devices=1, callbacks=[first, same, part])
+    net = runner.setup(network())
+    net(torch.randn(3, 4))
+    runner.save(tmp_path / "a.ckpt", {"model": net, "step": 1})
+    assert models(tmp_path) == {"a.onnx", "a-0.onnx"}
+    assert [each.ok for one in (first, same, part) for each in one.reports] == [True, False, True]
+    assert "would write the same files" in caplog.text
 
 
 @pytest.mark.worker
@@ -109,6 +126,22 @@ def test_training_that_is_terminated_is_no_failure(tmp_path: Path) -> None:
     trainer.run([torch.randn(3, 4)] * 9, max_epochs=1)
     assert [report.ok for report in callback.reports] == [True, True]
     assert models(tmp_path) == {"net_4.onnx"}
+
+
+def test_two_callbacks_of_one_engine(tmp_path: Path) -> None:
+    net = network()
+    trainer = engine(net)
+    keeps = Checkpoint({"net": net}, DiskSaver(tmp_path, require_empty=False), n_saved=1)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), keeps)
+    callbacks = [ignite.OnnxExport(**QUICK, **options).attach(trainer, keeps) for options in PEERS]
+    for _ in range(2):  # its own names are not in its way
+        trainer.run([torch.randn(3, 4)] * 5, max_epochs=1)
+    assert models(tmp_path) == {"net_4.onnx", "net_4-0.onnx"}
+    assert {each.ok for each in callbacks[1].reports} == {False}
+    refused = ignite.OnnxExport(on_error="raise", **QUICK).attach(trainer, keeps)
+    with pytest.raises(ConfigurationError, match="the same files"):
+        trainer.run([torch.randn(3, 4)] * 5, max_epochs=1)
+    assert refused.reports == []
 
 
 def test_an_error_that_a_handler_takes_is_taken(tmp_path: Path) -> None:

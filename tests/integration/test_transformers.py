@@ -78,7 +78,7 @@ def train(
     root: Path,
     export: OnnxExport | None,
     model: Any = None,
-    extra: TrainerCallback | None = None,
+    *others: TrainerCallback,
     **arguments: Any,
 ) -> tuple[Trainer, Any]:
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def train(
         eval_dataset=texts()[:16],
         processing_class=tokenizer(),
         data_collator=DataCollatorWithPadding(tokenizer()),
-        callbacks=[one for one in (export, extra) if one is not None],
+        callbacks=[*([] if export is None else [export]), *others],
     )
     trainer.train()
     return trainer, model
@@ -143,6 +143,15 @@ def test_the_model_takes_texts_of_any_length_and_no_labels(tmp_path: Path) -> No
     assert json.loads(read_metadata(folder / "model.onnx")["id2label"])["0"] == "good"
 
 
+def test_callbacks_of_one_trainer_do_not_write_the_same_files(tmp_path: Path) -> None:
+    first, same, part = callback(), callback(), callback(target="classifier")
+    train(tmp_path, first, None, same, part)
+    assert len(proven(first)) == len(proven(part)) == 3
+    assert [report.ok for report in same.reports] == [False]
+    names = {path.name for path in tmp_path.glob("checkpoint-9/*.onnx")}
+    assert names == {"model.onnx", "model-classifier.onnx"}
+
+
 def test_models_follow_the_limit_and_the_best_is_kept(tmp_path: Path) -> None:
     export = callback(on_error="raise")
     options = {"save_total_limit": 1, "load_best_model_at_end": True}
@@ -166,7 +175,7 @@ def test_the_trainer_keeps_the_checkpoints_that_it_would_keep(tmp_path: Path) ->
                 later = time.time() + 60
                 os.utime(tmp_path / "checkpoint-3", (later, later))
 
-    trainer, _ = train(tmp_path, callback(), save_total_limit=2, extra=Late())
+    trainer, _ = train(tmp_path, callback(), None, Late(), save_total_limit=2)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
     assert "save_to_json" not in vars(trainer.state)
 

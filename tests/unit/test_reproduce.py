@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +16,13 @@ import torch
 from torch import nn
 
 from onnxport.errors import VerificationError
+from onnxport.exporter import reproduce
 from onnxport.exporter.base import ExportRequest
 from onnxport.exporter.flat import FlatModule
 from onnxport.exporter.reproduce import FailedAttempt, reproduction_path, write_reproduction
 from onnxport.exporter.reproduce_script import BUILD_HERE
 from onnxport.report import Check
 from onnxport.tree import flatten
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NET = """
 import torch
@@ -198,11 +198,6 @@ def test_a_call_that_cannot_be_written_down_is_saved_with_the_module(tmp_path: P
     )
 
 
-def in_main(module: nn.Module) -> nn.Module:
-    module.__class__ = type("Net", (type(module),), {"__module__": "__main__"})
-    return module
-
-
 def unpicklable(module: nn.Module) -> nn.Module:
     module.hook = lambda x: x
     return module
@@ -211,7 +206,6 @@ def unpicklable(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "limit", "why"),
     [
-        (in_main, 10**6, "its class is in the script that was run"),
         (unpicklable, 10**6, "it cannot be pickled"),
         (lambda module: module, 3, "it has 32 bytes, more than 3"),
     ],
@@ -229,6 +223,67 @@ def test_a_module_that_is_not_saved_leaves_a_marked_line(
     done = run(folder)
     assert done.returncode == 1
     assert "build the module in load_module()" in done.stdout
+
+
+SCRIPT_OF_A_USER = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SCALE = 2.0
+
+
+class Part(nn.Module):
+    def forward(self, x):
+        return helper(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Part()
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def helper(x):
+    return x * SCALE
+
+
+from test_reproduce import asked_for, failed
+from onnxport.exporter.reproduce import write_reproduction
+
+write_reproduction(Path(sys.argv[1]), asked_for(Net(), torch.ones(4, 3)), [failed("dynamo")])
+print("trained")
+"""
+
+
+def test_a_class_of_the_script_that_was_run_is_there(tmp_path: Path) -> None:
+    script, folder = tmp_path / "train.py", tmp_path / "m.failed"
+    script.write_text(SCRIPT_OF_A_USER, encoding="utf-8")
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, str(script), str(folder)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    script.unlink()
+    assert "cloudpickle" in (folder / "reproduce.py").read_text("utf-8")
+    done = run(folder)
+    assert "does not fail here" in done.stdout
+    assert "trained" not in done.stdout
+
+
+def test_data_that_a_script_names_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "_MOST_OF_CODE", 10**5)
+    big = list(range(10**6))
+    kind = type("Net", (nn.Identity,), {"__module__": "__main__", "data": lambda _: big})
+    folder = tmp_path / "m.failed"
+    write_reproduction(folder, asked_for(kind(), torch.ones(2)), [failed()], max_module_bytes=10)
+    assert not (folder / "module.pt").exists()
+    assert "bytes of data" in (folder / "reproduce.py").read_text("utf-8")
 
 
 def test_logs_hold_the_traceback_and_what_was_printed(tmp_path: Path) -> None:

@@ -78,12 +78,33 @@ def test_a_transposed_weight_is_stored_transposed(tmp_path: Path) -> None:
     ]
     template = template_of(graph(nodes, weights), weights)
     assert kinds(template) == ["MatMul", "Add"]
-    assert {slot.name: slot.source for slot in template.slots} == {"b": "b", "wt": None}
+    assert {slot.name: slot.source for slot in template.slots} == {"b": "b", "w.prepared": None}
     for seed in range(2):
         other = {"w": torch.randn(3, 4) + seed, "b": torch.randn(3)}
         x = torch.randn(5, 4)
         expected = x @ other["w"].T + other["b"]
         torch.testing.assert_close(run(filled(template, other, tmp_path / "m.onnx"), x), expected)
+
+
+def test_what_is_prepared_is_named_after_its_entries(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(4, 4), "b": torch.randn(4, 4), "a.prepared": torch.randn(4)}
+    nodes = [
+        NODE("Transpose", ["a"], ["val_7"], perm=[1, 0]),
+        NODE("Neg", ["val_7"], ["val_8"]),
+        NODE("MatMul", ["x", "val_7"], ["h"]),
+        NODE("MatMul", ["h", "val_8"], ["h2"]),
+        NODE("Add", ["h2", "a.prepared"], ["h3"]),
+        NODE("Mul", ["a.prepared", "b"], ["val_10"]),
+        NODE("MatMul", ["h3", "val_10"], ["y"]),
+    ]
+    template = template_of(graph(nodes, weights), weights)
+    names = [slot.name for slot in template.slots]
+    assert names == ["a.prepared", "a.prepared2", "a.prepared3", "a.prepared+1.prepared"]
+    x = torch.randn(5, 4)
+    expected = x @ weights["a"].T @ -weights["a"].T + weights["a.prepared"]
+    expected = expected @ (weights["a.prepared"] * weights["b"])
+    found = run(filled(template, weights, tmp_path / "m.onnx"), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_pieces_of_one_structure_are_the_same_bytes() -> None:
@@ -125,7 +146,7 @@ def test_values_that_meet_later_are_one_piece() -> None:
     ]
     template = template_of(graph(nodes, weights), weights)
     assert [piece.sources for piece in template.pieces] == [("a", "b")]
-    assert [slot.name for slot in template.slots] == ["ab"]
+    assert [slot.name for slot in template.slots] == ["a+1.prepared"]
 
 
 def test_a_large_weight_that_is_used_as_it_is_too_stays_one() -> None:

@@ -12,6 +12,8 @@ import torch
 from typing_extensions import override
 
 from onnxport._torch_compat import unwrapped
+from onnxport.callbacks.place import claimed_place
+from onnxport.callbacks.run import SAME_NAMES
 from onnxport.callbacks.settings import ExportCallback
 from onnxport.errors import ConfigurationError
 from onnxport.exporter.checkpoint_file import weights_in
@@ -46,6 +48,20 @@ class LoopCallback(ExportCallback):
             )
         self._saved_paths: dict[str, None] = {}
         self._over = True
+
+    def _place(self, training: Any) -> str | None:
+        """Return what follows the names of the models; ``None``: another callback has them.
+
+        Args:
+            training: What all callbacks of the training, and of no other one, can see: a trainer.
+
+        Raises:
+            ConfigurationError: With ``on_error="raise"``, if another callback has them.
+        """
+        place = claimed_place(self, training)
+        if place is None and self.settings.on_error == "raise":
+            raise ConfigurationError(SAME_NAMES)
+        return place
 
     @override
     def _begin(self, run: ExportRun) -> None:

@@ -78,6 +78,7 @@ class OnnxExport(LoopCallback):
             roots=(self._folder,),
             address=lambda: active_or_own_run(self.settings.mlflow, self._folder),
             page=Path(self._folder),
+            place=self._place(fabric),
             say=fabric.print,
         )
         self._begin(ExportRun(self.settings, training if fabric.is_global_zero else None))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from onnxport._files import is_there
 from onnxport.callbacks.adapter import LoopCallback, bare, is_first_process, watch_steps, weights_of
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.run import ExportRun
+from onnxport.callbacks.scores import Scores
 from onnxport.callbacks.training import Training, Weights
 from onnxport.errors import ConfigurationError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -71,7 +71,7 @@ class Exporter(LoopCallback):
         self._model, self._folder, self._goes_on = bare(model), str(folder), goes_on
         self._monitor, self._mode = monitor, mode
         self._step = 0
-        self._scores: dict[str, float] = {}
+        self._scores = Scores(monitor, mode)
 
     def __enter__(self) -> Self:
         training = Training(
@@ -97,10 +97,10 @@ class Exporter(LoopCallback):
         if error is not None:
             self._fail()
             return
-        best = self._best()
+        best = self._scores.best
         self._finish(
-            best,
-            stored=lambda: self._stored(str(best)),
+            None if best is None else best.checkpoint,
+            stored=None if best is None else partial(self._stored, best),
             final=(f"{self._folder}/model.pt", self._weights),
         )
         self._raise_failure()
@@ -145,7 +145,6 @@ class Exporter(LoopCallback):
         self._run.saving(checkpoint)
         torch.save(content, checkpoint)
         self._remember(checkpoint)
-        self._scores[checkpoint] = found.get(self._monitor or "", math.nan)
         origin = Provenance(
             checkpoint=checkpoint,
             epoch=epoch,
@@ -154,6 +153,7 @@ class Exporter(LoopCallback):
             monitor=self._monitor,
             mode=self._mode,
         )
+        self._scores.add(origin)
         if self._wants(self, checkpoint):
             self._run.saved(checkpoint, lambda: Weights(state=state, origin=origin))
         self._raise_failure()
@@ -177,19 +177,6 @@ class Exporter(LoopCallback):
         origin = Provenance(global_step=self._step, monitor=self._monitor, mode=self._mode)
         return Weights(state=dict(self._model.state_dict()), origin=origin)
 
-    def _best(self) -> str | None:
-        """Return the checkpoint of the best score; without scores the last one."""
-        there = [path for path in self._scores if is_there(Path(path))]
-        scored = [path for path in there if not math.isnan(self._scores[path])]
-        if not scored:
-            return there[-1] if there else None
-        return (max if self._mode == "max" else min)(scored, key=self._scores.__getitem__)
-
-    def _stored(self, checkpoint: str) -> Weights:
+    def _stored(self, origin: Provenance) -> Weights:
         """Read a checkpoint of this loop."""
-        score = self._scores.get(checkpoint, math.nan)
-        metrics = {} if math.isnan(score) else {str(self._monitor): score}
-        origin = Provenance(
-            checkpoint=checkpoint, metrics=metrics, monitor=self._monitor, mode=self._mode
-        )
-        return Weights(state=read_state_dict(Path(checkpoint)), origin=origin)
+        return Weights(state=read_state_dict(Path(str(origin.checkpoint))), origin=origin)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["has_the_place", "place_among"]
+__all__ = ["claimed_place", "has_the_place", "place_among"]
 
 
 def place_among(callback: ExportCallback, callbacks: Sequence[Any]) -> str | None:
@@ -31,6 +31,28 @@ def place_among(callback: ExportCallback, callbacks: Sequence[Any]) -> str | Non
         return None
     only = callback.settings.targets.get("")
     return f"-{target_text(only)}" if len(peers) > 1 and only else ""
+
+
+def claimed_place(callback: ExportCallback, training: Any) -> str | None:
+    """Return what to add to the names of a callback's models, where nobody knows all callbacks.
+
+    Each leaves a note of its names for those that begin later.
+
+    Args:
+        callback: The callback.
+        training: What all callbacks of the training, and of no other one, can see.
+
+    Returns:
+        ``""``, else its target; ``None`` if both are taken.
+    """
+    taken: dict[str, int] = vars(training).setdefault("_names_of_models", {})
+    only = callback.settings.targets.get("")
+    for place in ("", *([f"-{target_text(only)}"] if only else [])):
+        names = [f"{_folder(callback)}{suffix}{place}" for suffix in callback.settings.targets]
+        if all(taken.get(name, id(callback)) == id(callback) for name in names):
+            taken.update(dict.fromkeys(names, id(callback)))
+            return place
+    return None
 
 
 def has_the_place(

@@ -17,7 +17,7 @@ __all__ = ["show", "status_of", "table_of"]
 
 HEAD = ("checkpoint", "step", "model", "max error", "seconds", "metric", "registry")
 MOST_ROWS = 20
-_NO_CORE = "No core produced a model that passed the proof. "
+_NO_CORE = "No core produced a model that passed the proof; one that does is enough. "
 """What says the code of such a failure, too."""
 _TEXT = 60
 """Characters of a reason."""

@@ -18,6 +18,7 @@ from onnxport.callbacks.pretrained import (
     first_rows,
     notes_of,
     numbers_of,
+    with_tied,
     without_autocast,
 )
 from onnxport.callbacks.run import ExportRun
@@ -74,6 +75,7 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
             address=lambda: active_or_own_run(self.settings.mlflow, root),
             page=Path(root),
             goes_on=state.global_step > 0,
+            place=self._place(state),
             fallback=partial(first_rows, given.get("train_dataloader")),
             labels=partial(_labels, named=args.label_names),
             say=print,
@@ -143,12 +145,7 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         return Weights(state=dict(self._module.state_dict()), origin=self._origin(checkpoint))
 
     def _stored(self, checkpoint: str) -> Weights:
-        tied = self._module.state_dict()  # a file has each tensor once
-        state = read_state_dict(Path(checkpoint), "")
-        names = {value.data_ptr(): name for name, value in tied.items() if name in state}
-        for name, value in tied.items():
-            if name not in state and value.data_ptr() in names:
-                state[name] = state[names[value.data_ptr()]]
+        state = with_tied(read_state_dict(Path(checkpoint), ""), self._module)
         return Weights(state=state, origin=self._origin(checkpoint))
 
     def _best(self, state: Any) -> str | None:

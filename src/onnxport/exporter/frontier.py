@@ -7,7 +7,8 @@ stored; what lies behind it is the graph that runs.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 import onnx
@@ -61,7 +62,8 @@ def cut(
     """Find what can be computed before the graph runs.
 
     Args:
-        model: The graph; it is not changed.
+        model: The graph; what comes out of a piece is named after its entries in it, so that people
+            know it again: an exporter only numbers it.
         weights: Its initializers that are weights -> names in the ``state_dict``.
         state: The ``state_dict``.
         evaluate: Runs a serialised graph: names and tensors of its inputs -> its outputs.
@@ -72,11 +74,12 @@ def cut(
     dependent, constant = _computable(model.graph, weights)
     pieces: list[Piece] = []
     replaced: set[ir.Node] = set()
+    taken = _names(model.graph)
     for nodes in _groups(dependent, weights):
         group = _Group(model, nodes, constant, weights)
         piece = group.compute(state, evaluate)
         if piece is not None:
-            pieces.append(piece)
+            pieces.append(replace(piece, outputs=group.name_outputs(taken)))
             replaced.update(nodes)
     fixed = [node for node in constant if node.op_type != "Constant"]
     if fixed:
@@ -86,6 +89,23 @@ def cut(
             pieces.append(piece)
             replaced.update(fixed)
     return pieces, replaced | _unused(constant, replaced)
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    """Return all names of a graph and of the bodies of its branches and loops."""
+    names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        names |= {str(value.name) for value in (*node.inputs, *node.outputs) if value is not None}
+        for attribute in node.attributes.values():
+            for body in _bodies(attribute):
+                names |= {str(value.name) for value in (*body.inputs, *body.initializers.values())}
+    return names
+
+
+def _bodies(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 def _computable(
@@ -184,6 +204,20 @@ class _Group:
             for value in self._sources
             if _is_large(value) and any(use.node not in inside for use in value.uses())
         ]
+
+    def name_outputs(self, taken: set[str]) -> tuple[str, ...]:
+        """Name what comes out after the entries that go in.
+
+        Args:
+            taken: Names that are in use; the new ones are added.
+        """
+        more = f"+{len(self._sources) - 1}" if len(self._sources) > 1 else ""
+        stem = f"{self._weights[self._sources[0]]}{more}.prepared"
+        for value in self.outputs:
+            numbered = (f"{stem}{number}" for number in count(2))
+            value.name = next(name for name in chain([stem], numbered) if name not in taken)
+            taken.add(value.name)
+        return tuple(str(value.name) for value in self.outputs)
 
     def compute(self, state: Mapping[str, torch.Tensor], evaluate: Evaluate) -> Piece | None:
         """Return the group as a piece, or ``None`` where the nodes had better stay in the graph."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import pickle  # nosec - what torch.save uses
 import platform
 import shutil
 import string
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 import torch
 
@@ -42,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 MAX_MODULE_BYTES = 256 * 2**20
 """Larger modules are not saved: the script has a line for the user to build them."""
+
+_MOST_OF_CODE = 16 * 2**20
+"""What a module's file may hold more than its tensors."""
 
 SUFFIX = ".failed"
 INPUTS, MODULE, SCRIPT_NAME, VERSIONS = "inputs.npz", "module.pt", "reproduce.py", "versions.txt"
@@ -173,14 +178,20 @@ def _save_module(module: torch.nn.Module, path: Path, limit: int) -> str:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > limit:
         return f"it has {size} bytes, more than {limit}"
-    if any(type(submodule).__module__ == "__main__" for submodule in module.modules()):
-        return "its class is in the script that was run, from which it cannot be loaded"
     try:
-        torch.save(module, path)
+        torch.save(module, path, pickle_module=cloudpickle if _is_of_script(module) else pickle)
     except Exception as error:  # noqa: BLE001 - pickling runs user code
         path.unlink(missing_ok=True)
         return f"it cannot be pickled ({type(error).__name__})"
+    if path.stat().st_size > limit + _MOST_OF_CODE:  # data that the code of a script names
+        path.unlink()
+        return f"its code holds more than {_MOST_OF_CODE} bytes of data"
     return ""
+
+
+def _is_of_script(module: torch.nn.Module) -> bool:
+    """Tell whether a class is in the script that was run: its code is saved, not only its name."""
+    return any(type(submodule).__module__ == "__main__" for submodule in module.modules())
 
 
 # --- the script ---------------------------------------------------------------------------------
@@ -201,9 +212,12 @@ def _script(
         for name, axes in zip(request.output_names, request.output_axes, strict=True)
     ]
     needs_us = call is None and not trouble
+    more = ", and onnxport: an argument of the call has no plain form" if needs_us else ""
+    if not trouble and _is_of_script(request.module.module):
+        more += "; cloudpickle, too: the code of the module is in its file"
     return string.Template(SCRIPT).substitute(
         title=type(request.module.module).__name__,
-        needs=", and onnxport: an argument of the call has no plain form" if needs_us else "",
+        needs=more,
         paths=repr(list(dict.fromkeys(_code_folders(request.module.module)))),
         inputs="\n".join(inputs),
         outputs="\n".join(outputs),

@@ -56,7 +56,11 @@ class RunHistory:
     @cached_property
     def monitor(self) -> tuple[str, Literal["min", "max"]] | None:
         """The metric that decides which checkpoint is best, and how."""
-        named = ((each.monitor, each.mode) for each in reversed(self.events))
+        named = (
+            (one.monitor, one.mode)
+            for event in reversed(self.events)
+            for one in (event, event.report)  # the event of a checkpoint of long ago says nothing
+        )
         return next(((name, mode) for name, mode in named if name), None)
 
     @cached_property

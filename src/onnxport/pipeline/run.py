@@ -378,15 +378,7 @@ def _lacks_kernel(attempt: Attempt) -> bool:
 
 
 def _draft(job: ExportJob) -> ExportReport:
-    origin = job.provenance
-    return ExportReport(
-        ok=False,
-        checkpoint=origin.checkpoint,
-        epoch=origin.epoch,
-        global_step=origin.global_step,
-        metrics=origin.metrics,
-        target=target_text(job.target),
-    )
+    return ExportReport.begun(job.provenance, target_text(job.target))
 
 
 def _no_core(report: ExportReport) -> str:
@@ -395,7 +387,7 @@ def _no_core(report: ExportReport) -> str:
         name = f"{attempt.core}{f' ({attempt.variant})' if attempt.variant else ''}"
         cores.setdefault(attempt.reason, []).append(name)
     tried = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in cores.items())
-    return f"No core produced a model that passed the proof. {tried}"
+    return f"No core produced a model that passed the proof; one that does is enough. {tried}"
 
 
 def _reported(report: ExportReport, job: ExportJob) -> ExportReport:

@@ -8,12 +8,27 @@ import operator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from onnxport.callbacks.lightning.sharded import is_sharded
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["rehearsal"]
+__all__ = ["rehearsal", "rehearsals"]
 
 logger = logging.getLogger(__name__)
+
+
+def rehearsals(
+    name: str, trainer: Any, *indices: int
+) -> Callable[[Any], Callable[[Any, Any], Any] | None]:
+    """Return what gives for a target what runs the step, see :func:`rehearsal`, or ``None``."""
+
+    def rehearse(target: Any) -> Callable[[Any, Any], Any] | None:
+        if is_sharded(trainer.strategy):  # a copy of a part cannot run a step
+            return None
+        return rehearsal(name, trainer, *indices, method=target)
+
+    return rehearse
 
 
 def rehearsal(
