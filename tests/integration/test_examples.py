@@ -38,6 +38,7 @@ def test_the_main_job_ends_with_a_served_champion(tmp_path: Path) -> None:
 
 
 FRAMEWORKS = {
+    "accelerate_digits.py": ("the champion reads", 2),
     "fabric_digits.py": ("the champion reads", 3),
     "huggingface_digits.py": ("the champion reads", 3),
     "huggingface_text.py": ("Fit the estimator to the training samples. -> ", 2),
