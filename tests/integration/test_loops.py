@@ -144,7 +144,10 @@ def test_two_callbacks_of_one_engine(tmp_path: Path) -> None:
     assert refused.reports == []
 
 
-def test_an_error_that_a_handler_takes_is_taken(tmp_path: Path) -> None:
+def test_an_error_that_a_handler_takes_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the final weights become a model
     seen: list[BaseException] = []
 
     def fails(_: Engine, batch: torch.Tensor) -> None:
