@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
@@ -19,11 +20,20 @@ from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"core": "trace", "background": False, "mlflow": False, "console": False}
+
+
+@pytest.fixture(autouse=True)
+def _first_of_its_process() -> Iterator[None]:
+    """Accelerate keeps what its first user in a process has chosen."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Tied(nn.Module):

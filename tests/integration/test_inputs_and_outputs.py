@@ -113,6 +113,14 @@ def test_an_example_from_the_user_is_used_instead_of_observation(tmp_path: Path)
     assert {check.sizes["batch"] for check in report.checks} == {1, 2, 3, 5}
 
 
+def test_calls_of_other_sizes_than_a_static_axis_has_are_said_and_left_out(tmp_path: Path) -> None:
+    net, calls = nn.GRU(4, 2, batch_first=True), [torch.randn(2, 5, 4), torch.randn(3, 7, 4)]
+    static = Inputs(names=("x",), dynamic_axes={"x": [0]})
+    report = export(net, calls, tmp_path / "m.onnx", inputs=static, core="trace")
+    assert report.inputs[0].shape == ("batch", 5, 4)
+    assert any("1 of 2 calls" in text and "axis 1 of 'x'" in text for text in report.warnings)
+
+
 def test_batches_of_one_row_still_give_a_dynamic_batch(tmp_path: Path) -> None:
     callback = OnnxExport(core="trace")
     data = torch.utils.data.DataLoader(zoo.Rows(3), batch_size=1)

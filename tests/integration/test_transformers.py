@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,11 @@ from transformers import (
 )
 
 import onnxport
+from onnxport import Background
 from onnxport.callbacks.transformers import OnnxExport
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.ownership import read_metadata
+from onnxport.worker.client import worker_for
 
 if TYPE_CHECKING:
     from onnxport import ExportReport
@@ -79,6 +82,7 @@ def train(
     export: OnnxExport | None,
     model: Any = None,
     *others: TrainerCallback,
+    data: Any = None,
     **arguments: Any,
 ) -> tuple[Trainer, Any]:
     torch.manual_seed(0)
@@ -98,8 +102,8 @@ def train(
     trainer = Trainer(
         model,
         TrainingArguments(str(root), **chosen),
-        train_dataset=texts(),
-        eval_dataset=texts()[:16],
+        train_dataset=data or texts(),
+        eval_dataset=(data or texts())[:16],
         processing_class=tokenizer(),
         data_collator=DataCollatorWithPadding(tokenizer()),
         callbacks=[*([] if export is None else [export]), *others],
@@ -319,3 +323,39 @@ def test_the_run_of_the_trainer_gets_the_model_with_its_tokenizer(
     answer = served.predict(arrays)
     assert np.asarray(answer["logits"]).shape == (2, 3)
     assert BertConfig.from_pretrained(folder).id2label[0] == "good"
+
+
+@pytest.mark.worker
+def test_what_is_owed_of_tied_weights_is_made_from_files_that_have_them_once(
+    tmp_path: Path,
+) -> None:
+    background = Background(drain_s=1)
+    export = callback(background=background)
+    stopped: list[int] = []
+
+    class Stops(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                while not export.reports:
+                    time.sleep(0.05)
+                stopped.append(worker_for(background, 0).pid)
+                os.kill(stopped[0], signal.SIGSTOP)
+
+    masked = BertForMaskedLM(BertConfig(**SIZES))
+    rows = [{"input_ids": [3, 4, 5, 2, 7], "labels": [3, 4, 5, 6, 7]} for _ in range(48)]
+    train(tmp_path, export, masked, Stops(), data=rows, eval_strategy="no")
+    os.kill(stopped[0], signal.SIGKILL)
+    assert not (tmp_path / "checkpoint-6" / "model.onnx").exists()
+    made = onnxport.resume(tmp_path)
+    assert [report.error for report in made] == [None, None]
+    for step in (6, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        restored = BertForMaskedLM.from_pretrained(folder).eval()
+        ids = torch.randint(3, len(WORDS), (3, 5))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        names = {spec.name for spec in made[0].inputs}
+        arrays = {name: value.numpy() for name, value in given.items() if name in names}
+        with torch.no_grad():
+            expected = restored(**given).logits
+        actual = torch.from_numpy(ask(folder / "model.onnx", **arrays)["logits"])
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)

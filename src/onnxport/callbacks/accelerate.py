@@ -11,18 +11,13 @@ from typing_extensions import override
 from onnxport.callbacks.adapter import LoopCallback, bare, watch_steps
 from onnxport.callbacks.address import active_or_own_run
 from onnxport.callbacks.mirrored_saver import first, then
-from onnxport.callbacks.pretrained import (
-    companions_in,
-    notes_of,
-    numbers_of,
-    with_tied,
-    without_autocast,
-)
+from onnxport.callbacks.pretrained import companions_in, notes_of, numbers_of, without_autocast
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.scores import Scores
 from onnxport.callbacks.training import Training, Weights, never_raises
 from onnxport.errors import ConfigurationError
 from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.tied import tied_names, with_tied
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
@@ -156,7 +151,7 @@ class OnnxExport(LoopCallback):
 
     def _stored(self, origin: Provenance) -> Weights:
         state = read_state_dict(Path(str(origin.checkpoint)), "")
-        return Weights(state=with_tied(state, self._module), origin=origin)
+        return Weights(state=with_tied(state, tied_names(self._module)), origin=origin)
 
     def _origin(self, checkpoint: str | None) -> Provenance:
         seen, metrics = self._metrics

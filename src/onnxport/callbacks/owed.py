@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from onnxport._files import (
     BEGUN,
@@ -30,6 +31,7 @@ from onnxport._files import (
     sweep_begun,
 )
 from onnxport.exporter.checkpoint_file import is_checkpoint
+from onnxport.exporter.tied import tied_names
 from onnxport.exporter.writer import STAGING
 from onnxport.exporter.writer import sweep as sweep_staged
 from onnxport.pipeline.blueprint_file import read_plain, reference_from, reference_of
@@ -37,7 +39,7 @@ from onnxport.report import Provenance
 from onnxport.tracking.job import address_from, plain_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from onnxport.config import ExportOptions
     from onnxport.pipeline import ExportJob, LiveReference
@@ -51,6 +53,7 @@ __all__ = [
     "note_anew",
     "owed",
     "settle",
+    "share_template",
     "sweep",
     "template_path",
     "ticket",
@@ -79,6 +82,7 @@ class Owed:
         fingerprint: What of the live module was no weight, or ``None``.
         options: How it is proven, as plain values.
         address: The run of a tracking server that it belongs to, or ``None``.
+        tied: Names of each weight that has several, of which the checkpoint may know one.
         replaced: The checkpoint is another one than when this was noted, of which nothing is known.
     """
 
@@ -90,6 +94,7 @@ class Owed:
     fingerprint: dict[str, str] | None = None
     options: dict[str, Any] | None = None
     address: RunAddress | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
     replaced: bool = False
 
     @property
@@ -124,6 +129,7 @@ def note(
     try:
         content: dict[str, Any] = {"name": name, "origin": json.dumps(asdict(origin))}
         if job is not None:
+            live = getattr(job.source, "live", None)
             whole = job.template is not None and isinstance(job.target, str)
             content |= {
                 "template": job.template.name if job.template is not None and whole else None,
@@ -131,6 +137,7 @@ def note(
                 "fingerprint": json.dumps(job.fingerprint),
                 "options": json.dumps(_proof_of(job.options)),
                 "address": json.dumps(None if address is None else plain_address(address)),
+                "tied": json.dumps(tied_names(live) if isinstance(live, nn.Module) else []),
                 "saved": ending_of(Path(origin.checkpoint)),
             }
         model.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +242,25 @@ def template_path(model: Path, run: str) -> Path:
     return model.with_name(f".{run}{_TEMPLATE}")
 
 
+def share_template(folders: Sequence[Path], run: str) -> None:
+    """Give the template of a run's models to each folder where one is owed and the graph is not.
+
+    A framework may have a folder for each checkpoint, and remove the one with the first model.
+
+    Args:
+        folders: Of the run's models.
+        run: Tells the run, and the target, from all others.
+    """
+    name = f".{run}{_TEMPLATE}"
+    there = [folder for folder in folders if is_there(folder / name)]
+    for folder in folders if there else ():
+        if folder not in there and any(folder.glob(f".*{OWED}")):
+            try:
+                os.link(there[0] / name, folder / name)
+            except OSError:  # a disk without links: the next fit makes the model
+                logger.debug("%s has no template.", folder, exc_info=True)
+
+
 def used_below(root: Path) -> Iterator[Path]:
     """Yield the folders in which there are hidden files of ours, a folder's own and all below."""
     for place, folders, names in os.walk(root):
@@ -308,5 +334,6 @@ def _read(marker: Path) -> Owed:
         reference=None if reference is None else reference_from(reference),
         fingerprint=json.loads(content["fingerprint"]),
         options=json.loads(content["options"]),
+        tied=tuple(tuple(names) for names in json.loads(content.get("tied", "[]"))),
         address=None if address is None else address_from(address),
     )

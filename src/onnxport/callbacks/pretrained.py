@@ -23,7 +23,6 @@ __all__ = [
     "first_rows",
     "notes_of",
     "numbers_of",
-    "with_tied",
     "without_autocast",
 ]
 
@@ -70,23 +69,6 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
         and name != "epoch"
         and not name.endswith(("_runtime", "_per_second"))
     }
-
-
-def with_tied(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return weights of a file that has each tensor once, under all of its names.
-
-    Args:
-        state: What is in the file.
-        module: Whose weights they are.
-    """
-    live = module.state_dict()
-    names = {value.data_ptr(): name for name, value in live.items() if name in state}
-    tied = {
-        name: state[names[value.data_ptr()]]
-        for name, value in live.items()
-        if name not in state and value.data_ptr() in names
-    }
-    return {**state, **tied}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from onnxport.callbacks.refused import refused
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
 from onnxport.exporter.checkpoint_file import is_checkpoint, read_state_dict
+from onnxport.exporter.tied import with_tied
 from onnxport.exporter.writer import remove_model
 from onnxport.pipeline import ExportJob, ModuleMissingError, Pipeline
 from onnxport.pipeline.blueprint_file import load_blueprint
@@ -104,10 +105,11 @@ class _File:
     """The weights of a checkpoint, of which the module is not here."""
 
     path: Path
+    tied: tuple[tuple[str, ...], ...]
 
     def state(self) -> Mapping[str, Any]:
         """Read the weights."""
-        return read_state_dict(self.path)
+        return with_tied(read_state_dict(self.path), self.tied)
 
     def module(self) -> tuple[nn.Module, tuple[str, ...]]:
         """Refuse.
@@ -154,7 +156,7 @@ def _make(debt: Owed, pipelines: dict[Path, Pipeline | OnnxportError]) -> Export
     if isinstance(pipeline, OnnxportError):
         raise pipeline
     job = ExportJob(
-        source=_File(debt.checkpoint),
+        source=_File(debt.checkpoint, debt.tied),
         examples=(),
         path=debt.model,
         options=_options(debt),

@@ -32,6 +32,7 @@ from onnxport.callbacks.owed import (
     note,
     owed,
     settle,
+    share_template,
     sweep,
     template_path,
     ticket,
@@ -49,6 +50,7 @@ from onnxport.exporter.fingerprint import fingerprint
 from onnxport.exporter.global_state import preserved_globals
 from onnxport.exporter.module_state import copy_module, evaluate
 from onnxport.exporter.target import is_method, require_target
+from onnxport.exporter.tied import tied_names, with_tied
 from onnxport.exporter.unsharded import uncast
 from onnxport.inputs.leave_out import leave_out
 from onnxport.inputs.observe import Observer, unobserved
@@ -83,6 +85,9 @@ logger = logging.getLogger(__name__)
 
 _MAY_PASS = frozenset({PublishError.code, WorkerError.code})
 """Failures of a disk or a worker; the model is owed still."""
+
+RECENT = 8
+"""So many of the last folders are looked at where each checkpoint has its own."""
 
 MAX_REHEARSALS = 3
 """Steps that are run on a copy to see calls that are compiled."""
@@ -191,7 +196,7 @@ class ExportSession:
         self._name = name
         self._recovered = self._looks_away = False
         self._id = secrets.token_hex(4)
-        self._folders: set[Path] = set()
+        self._folders: dict[Path, None] = {}
         self._latest: dict[Path, _Begun] = {}
         self._given_up: set[Path] = set()
         self._small: Example | None = None
@@ -313,7 +318,12 @@ class ExportSession:
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
 
+    def _share_template(self) -> None:
+        """Let what is owed be made without the module, in whichever folder it will lie."""
+        share_template(list(self._folders)[-RECENT:], self._id)
+
     def _made(self, path: Path, *, latest: bool) -> None:
+        self._share_template()
         self._withdrawals.published(path)
         if latest:
             self._unnoted.settle(path)
@@ -418,18 +428,19 @@ class ExportSession:
             if path in self._latest or not is_ours(path):  # of this run, and on its way
                 continue
             event("model.owed", model=path, checkpoint=file)
-            self._folders.add(path.parent)
+            self._folders[path.parent] = None
             try:
-                state = read_state_dict(file)
+                found = read_state_dict(file)
             except (OnnxportError, OSError) as error:
                 self.failed(str(error), origin)
                 settle(path)
                 continue
+            state = with_tied(found, tied_names(self._module))
             saved = Saved(
                 state=state,
                 path=path,
                 origin=origin,
-                file=file if file.is_file() else None,
+                file=file if file.is_file() and len(found) == len(state) else None,
                 reference=debt.reference,
                 fingerprint=debt.fingerprint,
             )
@@ -456,7 +467,7 @@ class ExportSession:
             with self._unobserved(), unobserved():
                 job, live = self._job(saved, alive=alive)
                 if publish:
-                    self._folders.add(saved.path.parent)
+                    self._folders[saved.path.parent] = None
                     job = self._noted(job, saved, alive=alive)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except (Exception, SystemExit) as error:
@@ -474,6 +485,7 @@ class ExportSession:
             address = None if self._outbox is None else self._address
             how = None if job.reference is None else job
             note(saved.path, self._name, saved.origin, how, address)
+            self._share_template()
         return replace(job, ticket=ticket(saved.path))
 
     def _is_elsewhere(self, path: Path) -> bool:

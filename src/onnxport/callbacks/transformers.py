@@ -18,12 +18,12 @@ from onnxport.callbacks.pretrained import (
     first_rows,
     notes_of,
     numbers_of,
-    with_tied,
     without_autocast,
 )
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.training import Training, Weights
 from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.tied import tied_names, with_tied
 from onnxport.report import Provenance
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         return Weights(state=dict(self._module.state_dict()), origin=self._origin(checkpoint))
 
     def _stored(self, checkpoint: str) -> Weights:
-        state = with_tied(read_state_dict(Path(checkpoint), ""), self._module)
+        state = with_tied(read_state_dict(Path(checkpoint), ""), tied_names(self._module))
         return Weights(state=state, origin=self._origin(checkpoint))
 
     def _best(self, state: Any) -> str | None:

@@ -262,6 +262,7 @@ def make_plan(job: ExportJob) -> Plan:
         axes = infer_axes(probed, calls)
     else:
         axes = declared_axes(probed, calls[0], given.dynamic_axes)
+        calls = _of_declared_sizes(calls, axes, names, warnings)
     signature = ModelSignature(
         inputs=_specs(names, calls[0], axes.inputs),
         outputs=_specs(out_names, [tensor for _, tensor in outputs], axes.outputs),
@@ -293,6 +294,26 @@ def _precision(
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _of_declared_sizes(
+    calls: Sequence[Tensors], axes: AxisPlan, names: Sequence[str], warnings: list[str]
+) -> tuple[Tensors, ...]:
+    """Leave out calls that a model cannot get whose axes were declared."""
+    kept = tuple(call for call in calls if _same_sizes(call, calls[0], axes))
+    if len(kept) < len(calls):
+        static = sorted(
+            f"axis {axis} of {name!r}"
+            for place, (name, dims) in enumerate(zip(names, axes.inputs, strict=True))
+            for axis in range(calls[0][place].ndim)
+            if axis not in dims and len({call[place].shape[axis] for call in calls}) > 1
+        )
+        warnings.append(
+            f"{len(calls) - len(kept)} of {len(calls)} calls have another size than the first one "
+            f"in {', '.join(static)}, which Inputs(dynamic_axes=) leaves static: the model does "
+            "not take them."
+        )
+    return kept
 
 
 def _same_sizes(call: Tensors, first: Tensors, axes: AxisPlan) -> bool:
