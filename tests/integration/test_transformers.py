@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -145,6 +146,26 @@ def test_the_model_takes_texts_of_any_length_and_no_labels(tmp_path: Path) -> No
         expected = restored(**{name: torch.from_numpy(v) for name, v in arrays.items()}).logits
     torch.testing.assert_close(torch.from_numpy(actual["logits"]), expected, atol=1e-5, rtol=1e-4)
     assert json.loads(read_metadata(folder / "model.onnx")["id2label"])["0"] == "good"
+
+
+def test_adapters_of_a_large_model_are_in_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+    model = get_peft_model(classifier(), options)
+    export = callback()
+    best = {"save_total_limit": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer, _ = train(tmp_path, export, model, learning_rate=0.01, **best)
+    assert len(proven(export)) == 3
+    folders = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert {path.parent.name for path in tmp_path.rglob("*.onnx")} == folders
+    ids = torch.randint(3, len(WORDS), (3, 7))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = {spec.name for spec in export.reports[-1].inputs}
+    arrays = {name: value.numpy() for name, value in given.items() if name in names}
+    with torch.no_grad():  # the best weights are loaded
+        expected = model.eval()(**given).logits
+    found = ask(Path(trainer.state.best_model_checkpoint) / "model.onnx", **arrays)
+    torch.testing.assert_close(torch.from_numpy(found["logits"]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_callbacks_of_one_trainer_do_not_write_the_same_files(tmp_path: Path) -> None:
