@@ -380,3 +380,23 @@ def test_what_is_owed_of_tied_weights_is_made_from_files_that_have_them_once(
             expected = restored(**given).logits
         actual = torch.from_numpy(ask(folder / "model.onnx", **arrays)["logits"])
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_in_parts_are_refused_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = torch.distributed.fsdp.fully_shard(classifier(), mesh=mesh)
+        export = callback()
+        trainer, _ = train(tmp_path / "run", export, model, save_strategy="no", eval_strategy="no")
+        assert trainer.state.global_step == 9
+        assert export.reports == []
+        monkeypatch.setattr(Trainer, "_save", lambda *_, **__: None)  # which takes an accelerator
+        train(tmp_path / "saved", export, model, eval_strategy="no")
+        assert len(export.reports) == 3
+        assert all("part of the weights" in str(report.error) for report in export.reports)
+    finally:
+        torch.distributed.destroy_process_group()

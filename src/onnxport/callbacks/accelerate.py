@@ -14,6 +14,7 @@ from onnxport.callbacks.mirrored_saver import first, then
 from onnxport.callbacks.pretrained import companions_in, notes_of, numbers_of, without_autocast
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.scores import Scores
+from onnxport.callbacks.spread import IN_PARTS
 from onnxport.callbacks.training import Training, Weights, never_raises
 from onnxport.errors import ConfigurationError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -174,8 +175,7 @@ def _prepared(accelerator: Any, model: nn.Module | None) -> tuple[int, nn.Module
     """
     if accelerator.distributed_type.name in _ELSEWHERE:
         raise ConfigurationError(
-            f"{accelerator.distributed_type} saves weights in parts, which are put together only "
-            "for Lightning and Fabric. Call onnxport.export with the whole module at the end."
+            f"{accelerator.distributed_type} saves weights in parts. {IN_PARTS}"
         )
     modules = [bare(each) for each in accelerator._models]  # noqa: SLF001 - has no getter
     if model is None and len(modules) == 1:

@@ -12,7 +12,19 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Spread"]
+__all__ = ["IN_PARTS", "Spread", "is_in_parts"]
+
+IN_PARTS = (
+    "Each process has a part of the weights, which are put together only for Lightning and Fabric. "
+    "Call onnxport.export with the whole module at the end."
+)
+
+
+def is_in_parts(module: nn.Module) -> bool:
+    """Tell whether each process has a part of a module's weights only: of FSDP, or DeepSpeed."""
+    parameters = dict(module.named_parameters())
+    of_deepspeed = any(hasattr(each, "ds_id") for each in parameters.values())
+    return is_flattened(module) or is_spread(parameters) or of_deepspeed
 
 
 class Spread:

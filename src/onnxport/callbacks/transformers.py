@@ -21,6 +21,7 @@ from onnxport.callbacks.pretrained import (
     without_autocast,
 )
 from onnxport.callbacks.run import ExportRun
+from onnxport.callbacks.spread import IN_PARTS, is_in_parts
 from onnxport.callbacks.training import Training, Weights
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.tied import tied_names, with_tied
@@ -80,14 +81,16 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
             labels=partial(_labels, named=args.label_names),
             say=print,
         )
+        self._in_parts = is_in_parts(self._module)
         active = state.is_world_process_zero
         self._begin(ExportRun(self.settings, training if active else None))
         self._dated = Dated(state, lambda: Path(root).glob("checkpoint-*"))
 
     @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        with without_autocast(self._module):
-            self._run.step(self._weights)
+        if not self._in_parts:
+            with without_autocast(self._module):
+                self._run.step(self._weights)
         if args.world_size == 1:
             self._raise_failure()
 
@@ -96,10 +99,7 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         if control.should_save:
             self._run.saving(self._checkpoint(state))
 
-    @override
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if control.should_save:
-            self._run.saving(self._checkpoint(state))
+    on_epoch_end = on_step_end
 
     @override
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -113,7 +113,10 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         checkpoint = self._checkpoint(state)
         self._run.saving(checkpoint)
         self._remember(checkpoint)
-        if self._wants(given["model"], checkpoint):
+        wanted = self._wants(given["model"], checkpoint)
+        if wanted and self._in_parts:
+            self._run.refused(IN_PARTS, self._origin(checkpoint))
+        elif wanted:
             with without_autocast(self._module):
                 self._run.saved(checkpoint, partial(self._weights, checkpoint))
 
@@ -122,6 +125,9 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         self._dated.stop()
         self._look_for_removed()
         best = self._best(state)
+        if self._in_parts:
+            self._finish()
+            return
         with without_autocast(self._module):
             self._finish(
                 best,
