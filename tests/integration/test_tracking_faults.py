@@ -240,7 +240,7 @@ def test_a_whole_fit_with_a_closed_port_takes_less_than_two_seconds_more(tmp_pat
 def test_an_address_that_cannot_be_found_out_does_not_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxport.callbacks.lightning import callback as adapter
+    from onnxport.callbacks.lightning import begin as adapter
 
     def fails(*_: Any) -> Any:
         raise OSError("the logger does not know its run")
