@@ -109,7 +109,8 @@ def launched(_: int) -> Mapping[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("devices", [1, 2])
 def test_ctrl_c(devices: int, tmp_path: Path) -> None:
     """One command starts the other processes; a terminal sends the signal to all of them."""
     folder = tmp_path / "checkpoints"

@@ -16,7 +16,12 @@ from processes import together
 import onnxport
 from onnxport.exporter.ownership import read_metadata
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.worker]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.worker,
+    pytest.mark.exhaustive,  # the strategy of most people is that of test_ddp
+]
 
 TESTS = str(Path(__file__).parent.parent)
 
@@ -146,10 +151,7 @@ STARTED = f"""
 """
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "strategy", ["ddp_spawn", pytest.param("ddp_notebook", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
 def test_processes_that_the_trainer_starts(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STARTED))

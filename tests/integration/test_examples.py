@@ -48,7 +48,7 @@ FRAMEWORKS = {
 """What each says in the end, and how many checkpoints it keeps."""
 
 
-IN_SHORT = ("huggingface_text.py", "loop_digits.py")
+IN_SHORT = ("huggingface_text.py",)
 """The others take as long, and what they show is under the contract."""
 
 
