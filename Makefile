@@ -12,7 +12,7 @@ TEST_ARGS ?=
 # Files of tests run side by side; more processes need more memory, some 3 GB each.
 TEST_PROCESSES ?= 2
 # Threads that wait by spinning take the cores from the other process; the numbers are the same.
-test: export OMP_WAIT_POLICY ?= PASSIVE
+test exhaustive: export OMP_WAIT_POLICY ?= PASSIVE
 OPENVINO := .openvino
 OPENVINO_STAMP := $(OPENVINO)/.installed
 ZOO := .venv-zoo
@@ -69,7 +69,7 @@ $(OPENVINO_STAMP): requirements-openvino.txt | $(STAMP)
 	 else echo "onnxport: no OpenVINO for this machine, see $(OPENVINO)/log; no tests with it"; fi
 
 exhaustive: $(STAMP)
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m exhaustive $(TEST_ARGS)
 
 test-scale: $(STAMP)
 	@$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt --group scale >> $(LOG) 2>&1 || { tail -30 $(LOG); exit 1; }
