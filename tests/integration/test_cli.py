@@ -194,6 +194,9 @@ def test_a_folder_is_one_export_and_refreshes(trained: Path, tmp_path: Path) -> 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.onnx")}
     run("export", *options)  # they are there already
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.onnx")} == before
+    page = said("report", tmp_path)
+    assert page["monitor"] == "val_loss"  # what was watched when they were saved
+    assert page["best"] in {report.path for report in reports if report}
     run("export", *options, "--again")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.onnx")} != before
 

@@ -116,6 +116,7 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
         wanted = self._wants(given["model"], checkpoint)
         if wanted and self._in_parts:
             self._run.refused(IN_PARTS, self._origin(checkpoint))
+            self._run.pass_over(checkpoint)  # it is owed by nobody
         elif wanted:
             with without_autocast(self._module):
                 self._run.saved(checkpoint, partial(self._weights, checkpoint))
