@@ -163,6 +163,7 @@ class Reader:
             text=True,
             capture_output=True,
             cwd=self.folder,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )
         if done.returncode:
             raise AssertionError(f"{command}: {done.returncode}\n{done.stderr[-3000:]}")
