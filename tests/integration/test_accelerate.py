@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -15,6 +17,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
 import onnxport
+from onnxport import Background
 from onnxport.callbacks.accelerate import OnnxExport
 from onnxport.errors import ConfigurationError, ExportError
 from onnxport.exporter.checkpoint_file import read_state_dict
@@ -112,8 +115,10 @@ def test_models_go_with_their_checkpoints(tmp_path: Path) -> None:
     runner.end_training()
     assert names(tmp_path) == kept
     assert len(export.reports) == 4
-    runner.save_state(str(tmp_path / "after"))  # training is over
+    runner.project_configuration.automatic_checkpoint_naming = False
+    runner.save_state(str(tmp_path / "checkpoints" / "checkpoint_2"))  # training is over
     assert len(export.reports) == 4
+    assert names(tmp_path) == kept
 
 
 def test_half_precision_and_steps_that_are_put_together(tmp_path: Path) -> None:
@@ -177,5 +182,79 @@ def test_an_export_that_fails_can_end_training(tmp_path: Path) -> None:
 def test_weights_in_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = accelerator(tmp_path)
     monkeypatch.setattr(runner.state, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ConfigurationError, match="in parts"):
+    with pytest.raises(ConfigurationError, match="part of the weights"):
         OnnxExport(**QUICK).attach(runner)
+
+
+def test_what_a_hook_saves_elsewhere_is_a_checkpoint_all_the_same(tmp_path: Path) -> None:
+    runner, export = accelerator(tmp_path), OnnxExport(**QUICK)
+
+    def elsewhere(_: Any, weights: list[Any], folder: str) -> None:
+        torch.save(weights.pop(), f"{folder}/unet.pt")
+
+    runner.register_save_state_pre_hook(elsewhere)
+    train(runner, export, Tied())
+    assert len(names(tmp_path)) == 3
+
+
+def test_a_file_of_another_format_is_another_checkpoint(tmp_path: Path) -> None:
+    runner, export = Accelerator(cpu=True), OnnxExport(**QUICK)
+    net, optimizer = runner.prepare(Tied(), torch.optim.SGD(Tied().parameters(), 0.1))
+    export.attach(runner)
+    for safe in (False, True):
+        step(runner, net, optimizer, batch())
+        runner.save_state(str(tmp_path), safe_serialization=safe)
+    assert names(tmp_path) == {"model.onnx", "pytorch_model.onnx"}
+    assert not list(tmp_path.glob(".*.pending"))
+    runner.end_training()
+
+
+def test_trainings_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
+    runner = accelerator(tmp_path)
+    gone, reports = [], []
+    for fold in range(3):
+        net, optimizer = runner.prepare(Tied(), torch.optim.SGD(Tied().parameters(), 0.1))
+        critic = runner.prepare(nn.Linear(11, 1))
+        exports = [OnnxExport(**QUICK).attach(runner, each) for each in (net, critic)]
+        exports[0].attach(runner, net)  # again: it is told once
+        critic(net(batch()))
+        step(runner, net, optimizer, batch())
+        runner.save_state()
+        (found,) = names(tmp_path / "checkpoints" / f"checkpoint_{fold}") ^ {"model.onnx"}
+        assert found == "model_1.onnx"
+        reports += [report.global_step for report in exports[0].reports]
+        gone.append(weakref.ref(net))
+        net, optimizer, critic = runner.free_memory(net, optimizer, critic)
+        del exports
+    gc.collect()
+    assert reports == [2] * 3
+    assert [each() for each in gone] == [None] * 3
+
+
+def test_what_is_compiled_is_seen_from_outside(tmp_path: Path) -> None:
+    runner, export = accelerator(tmp_path, dynamo_backend="eager"), OnnxExport(**QUICK)
+    net, optimizer = runner.prepare(Tied(), torch.optim.SGD(Tied().parameters(), 0.1))
+    with pytest.raises(ConfigurationError, match="to be compiled"):
+        export.attach(runner)
+    export.attach(runner, net, step=10)
+    for _ in range(2):
+        for _ in range(4):
+            step(runner, net, optimizer, batch())
+        runner.save_state()
+    runner.end_training()
+    assert [report.error for report in export.reports] == [None, None]
+    assert [report.global_step for report in export.reports] == [14, 18]
+    assert export.reports[-1].inputs[0].shape[0] == "batch"
+
+
+@pytest.mark.worker
+def test_checkpoints_that_go_while_their_models_are_made(tmp_path: Path) -> None:
+    runner, background = accelerator(tmp_path, limit=1), Background(drain_s=120)
+    export = OnnxExport(**QUICK | {"background": background})
+    net, optimizer = runner.prepare(Tied(), torch.optim.SGD(Tied().parameters(), 0.1))
+    export.attach(runner)
+    for _ in range(60):
+        step(runner, net, optimizer, batch())
+        runner.save_state()  # removes the last one, in which somebody is at work
+    runner.end_training()
+    assert names(tmp_path) == {"checkpoints/checkpoint_59/model.onnx"}

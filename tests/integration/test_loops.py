@@ -144,6 +144,18 @@ def test_two_callbacks_of_one_engine(tmp_path: Path) -> None:
     assert refused.reports == []
 
 
+def test_two_handlers_of_one_engine_have_models_each(tmp_path: Path) -> None:
+    net = network()
+    trainer = engine(net)
+    for name in ("often", "seldom"):
+        keeps = Checkpoint({"net": net}, DiskSaver(tmp_path / name, create_dir=True), n_saved=1)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), keeps)
+        ignite.OnnxExport(on_error="raise", **QUICK).attach(trainer, keeps)
+    trainer.run([torch.randn(3, 4)] * 5, max_epochs=1)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.onnx")}
+    assert found == {"often/net_4.onnx", "seldom/net_4.onnx"}
+
+
 def test_an_error_that_a_handler_takes_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,11 +274,15 @@ def test_a_class_of_the_script_that_was_run_is_there(tmp_path: Path) -> None:
     assert "trained" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "big",
+    [list(range(10**6)), torch.zeros(10**6), np.zeros(10**6)],
+    ids=["list", "tensor", "array"],
+)
 def test_data_that_a_script_names_is_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    big: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reproduce, "_MOST_OF_CODE", 10**5)
-    big = list(range(10**6))
     kind = type("Net", (nn.Identity,), {"__module__": "__main__", "data": lambda _: big})
     folder = tmp_path / "m.failed"
     write_reproduction(folder, asked_for(kind(), torch.ones(2)), [failed()], max_module_bytes=10)

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from onnxport.callbacks.adapter import LoopCallback, bare, watch_steps
+from onnxport.callbacks.adapter import LoopCallback, watch_steps
 from onnxport.callbacks.address import active_or_own_run
-from onnxport.callbacks.mirrored_saver import first, then
+from onnxport.callbacks.prepared import KeptCalls, about_to_go, prepared, remove_folder
 from onnxport.callbacks.pretrained import companions_in, notes_of, numbers_of, without_autocast
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.scores import Scores
-from onnxport.callbacks.spread import IN_PARTS
+from onnxport.callbacks.seams import Seams
 from onnxport.callbacks.training import Training, Weights, never_raises
-from onnxport.errors import ConfigurationError
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.tied import tied_names, with_tied
 from onnxport.report import Provenance
@@ -28,15 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxExport"]
 
-_ELSEWHERE = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
-"""What saves weights by itself, in parts."""
-
 
 class OnnxExport(LoopCallback):
     """Turns every checkpoint that ``accelerator.save_state`` writes into a proven ONNX model.
 
-    Training is over with ``accelerator.end_training()``, else when Python ends. Metrics of a
-    checkpoint are the numbers that ``accelerator.log`` got since the last step.
+    Training is over with ``accelerator.end_training()`` or ``free_memory()``, else when Python
+    ends. Metrics of a checkpoint are the numbers that ``accelerator.log`` got since the last step.
 
     Args:
         monitor: Name of the number that decides which checkpoint is best.
@@ -55,40 +51,46 @@ class OnnxExport(LoopCallback):
         super().__init__(**options)
         self._monitor, self._mode = monitor, mode
 
-    def attach(self, accelerator: Any, model: nn.Module | None = None) -> OnnxExport:
+    def attach(self, accelerator: Any, model: nn.Module | None = None, step: int = 0) -> OnnxExport:
         """Follow an accelerator, in all processes; after ``prepare`` and ``init_trackers``.
 
         Args:
             accelerator: The ``Accelerator``.
             model: What is exported; default: the one module that was prepared.
+            step: Steps of the optimizer that were made before, where training goes on.
 
         Returns:
             This callback.
 
         Raises:
-            ConfigurationError: If the module is not clear, or processes save parts of it.
+            ConfigurationError: If the module is not clear, or processes have parts of it.
         """
-        self._place_in_files, self._module = _prepared(accelerator, model)
+        self._close()  # another training, of which nobody has said that it is over
+        self._number, wrapped, self._module = prepared(accelerator, model)
         self._accelerator, self._root = accelerator, str(accelerator.project_dir or ".")
         self._scores = Scores(self._monitor, self._mode)
-        self._steps = self._seen = 0
         self._metrics: tuple[int, dict[str, float]] = -1, {}
+        self._steps, self._seen, self._pickled = step, 0, False
+        self._call = KeptCalls(wrapped, self._module)
         training = Training(
             module=self._module,
             root=self._root,
             roots=(self._root,),
             address=lambda: active_or_own_run(self.settings.mlflow, self._root),
             page=Path(self._root),
-            goes_on=accelerator.save_iteration > 0,
-            place=self._place(accelerator),
+            goes_on=step > 0 or accelerator.save_iteration > 0,
+            place=self._place(accelerator, f"model {self._number}"),
+            fallback=self._call.example,
             say=accelerator.print,
         )
         self._begin(ExportRun(self.settings, training if accelerator.is_main_process else None))
-        self._watched = watch_steps(self._module, self._on_step)
-        accelerator.register_save_state_pre_hook(self._saving)
-        accelerator.save_state = then(accelerator.save_state, self._saved)
-        accelerator.log = then(accelerator.log, lambda _, values, *__, **___: self._log(values))
-        accelerator.end_training = first(accelerator.end_training, self._close)
+        self._steps_watched = watch_steps(wrapped, self._on_step)
+        self._hook = accelerator.register_save_state_pre_hook(self._saving)
+        self._seams = Seams(accelerator)
+        self._seams.wrap("save_state", before=self._before_save, after=self._saved)
+        self._seams.wrap("log", after=lambda _, values, *__, **___: self._log(values))
+        self._seams.wrap("end_training", before=self._close)
+        self._seams.wrap("free_memory", before=lambda *_, **__: self._close())
         return self
 
     # --- what accelerate does ---------------------------------------------------------------
@@ -102,14 +104,22 @@ class OnnxExport(LoopCallback):
     def _log(self, values: Mapping[str, Any]) -> None:
         with never_raises("reading what is logged"):
             seen, known = self._metrics
-            known = known if seen == self._seen else {}
-            self._metrics = self._seen, known | numbers_of(values)
+            self._metrics = self._seen, (known if seen == self._seen else {}) | numbers_of(values)
+
+    def _before_save(self, _: Any = None, safe_serialization: bool = True, **__: Any) -> None:
+        """Remove what accelerate is about to remove: it fails if our files change meanwhile."""
+        self._pickled = not safe_serialization
+        with never_raises("the removal of checkpoints"):
+            for checkpoint in about_to_go(self._accelerator, self._saved_paths):
+                self._run.removing(checkpoint)
+                remove_folder(Path(checkpoint).parent)
+            self._look_for_removed()
 
     def _saving(self, _: Any, __: Any, folder: str) -> None:
         self._run.saving(self._checkpoint(folder))
 
     def _saved(self, folder: Any, *_: Any, **__: Any) -> None:
-        if self._over or not self._run.is_active:
+        if not self._run.is_active:
             return
         with never_raises(f"the save of {folder}"), without_autocast(self._module):
             self._look_for_removed()
@@ -126,25 +136,41 @@ class OnnxExport(LoopCallback):
     def _close(self) -> None:
         if self._over:
             return
-        self._watched.remove()
+        self._let_go()
         self._look_for_removed()
         best = self._scores.best
         with without_autocast(self._module):
             self._finish(
                 None if best is None else best.checkpoint,
                 stored=None if best is None else partial(self._stored, best),
-                final=(f"{self._root}/model.safetensors", self._weights),
+                final=(f"{self._root}/model.safetensors", self._weights) if self._steps else None,
             )
         if self._accelerator.num_processes == 1:
             self._raise_failure()
 
+    @override
+    def _fail(self) -> None:
+        if not self._over:
+            self._let_go()
+        super()._fail()
+
+    def _let_go(self) -> None:
+        """Nothing of the accelerator's leads here any more: it may want its memory."""
+        self._seams.let_go()
+        for handle in (self._steps_watched, self._hook, self._call):
+            handle.remove()
+
+    @override
+    def _is_there(self, checkpoint: str) -> bool:
+        return Path(checkpoint).parent.is_dir()  # a hook may save the weights elsewhere in it
+
     # --- weights ----------------------------------------------------------------------------
 
     def _checkpoint(self, folder: str) -> str:
-        """Return the file of the module's weights, one of two."""
-        suffix = f"_{self._place_in_files}" if self._place_in_files else ""
-        pickled = Path(folder, f"pytorch_model{suffix}.bin")
-        return str(pickled if pickled.exists() else Path(folder, f"model{suffix}.safetensors"))
+        """Return the file of the module's weights."""
+        number = f"_{self._number}" if self._number else ""
+        name = f"pytorch_model{number}.bin" if self._pickled else f"model{number}.safetensors"
+        return str(Path(folder, name))
 
     def _weights(self, origin: Provenance | None = None) -> Weights:
         state = dict(self._module.state_dict())
@@ -165,24 +191,3 @@ class OnnxExport(LoopCallback):
             notes=notes_of(self._module),
             beside=[] if checkpoint is None else companions_in(Path(checkpoint).parent),
         )
-
-
-def _prepared(accelerator: Any, model: nn.Module | None) -> tuple[int, nn.Module]:
-    """Return the place of a module among those that were prepared, and the module.
-
-    Raises:
-        ConfigurationError: If it is not clear, or processes save parts of it.
-    """
-    if accelerator.distributed_type.name in _ELSEWHERE:
-        raise ConfigurationError(
-            f"{accelerator.distributed_type} saves weights in parts. {IN_PARTS}"
-        )
-    modules = [bare(each) for each in accelerator._models]  # noqa: SLF001 - has no getter
-    if model is None and len(modules) == 1:
-        return 0, modules[0]
-    if model is None or bare(model) not in modules:
-        raise ConfigurationError(
-            f"Which module is exported? {len(modules)} were prepared. Give attach(accelerator, "
-            "model) one of them, after accelerator.prepare."
-        )
-    return modules.index(bare(model)), bare(model)

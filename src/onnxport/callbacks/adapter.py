@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from onnxport._torch_compat import unwrapped
-from onnxport.callbacks.place import claimed_place
+from onnxport.callbacks.place import claimed_place, give_back
 from onnxport.callbacks.run import SAME_NAMES
 from onnxport.callbacks.settings import ExportCallback
 from onnxport.errors import ConfigurationError
@@ -47,18 +47,20 @@ class LoopCallback(ExportCallback):
                 "none here. Leave it out; metrics that you save with a checkpoint decide."
             )
         self._saved_paths: dict[str, None] = {}
+        self._claimed_of: Any = None
         self._over = True
 
-    def _place(self, training: Any) -> str | None:
+    def _place(self, training: Any, where: str = "") -> str | None:
         """Return what follows the names of the models; ``None``: another callback has them.
 
         Args:
             training: What all callbacks of the training, and of no other one, can see: a trainer.
+            where: Those of one place alone have the same names: a folder, say.
 
         Raises:
             ConfigurationError: With ``on_error="raise"``, if another callback has them.
         """
-        place = claimed_place(self, training)
+        place, self._claimed_of = claimed_place(self, training, where), training
         if place is None and self.settings.on_error == "raise":
             raise ConfigurationError(SAME_NAMES)
         return place
@@ -74,7 +76,7 @@ class LoopCallback(ExportCallback):
     def _finish(self, best: str | None = None, **options: Any) -> None:
         """Training is over: see :meth:`ExportRun.finish`."""
         if not self._over:
-            self._over = True
+            self._release()
             self._run.finish(best, **options)
 
     def _close(self) -> None:
@@ -84,8 +86,15 @@ class LoopCallback(ExportCallback):
     def _fail(self) -> None:
         """Training is over by an error."""
         if not self._over:
-            self._over = True
+            self._release()
             self._run.fail()
+
+    def _release(self) -> None:
+        """Others may have the names of our models."""
+        self._over = True
+        if self._claimed_of is not None:
+            give_back(self, self._claimed_of)
+            self._claimed_of = None
 
     def _wants(self, trainer: Any, checkpoint: str) -> bool:
         return self._run.wants(checkpoint, lambda: self.should_export(trainer, checkpoint))

@@ -100,7 +100,7 @@ class OnnxExport(LoopCallback):
             address=lambda: active_or_own_run(self.settings.mlflow, folder),
             page=Path(folder),
             goes_on=trainer.state.iteration > 0,
-            place=self._place(trainer),
+            place=self._place(trainer, folder),
             say=print,
         )
         self._final = f"{folder}/model.pt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,40 +11,7 @@ from onnxport.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Listener", "MirroredSave", "SaveListener", "first", "mirrored", "then"]
-
-
-def then(method: Callable[..., Any], told: Callable[..., None]) -> Callable[..., Any]:
-    """Return a method that tells what it has returned, and what it got.
-
-    Args:
-        method: Does the work.
-        told: Is called with its result and its arguments.
-    """
-
-    @wraps(method)
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        told(result, *args, **kwargs)
-        return result
-
-    return both
-
-
-def first(method: Callable[..., Any], told: Callable[[], None]) -> Callable[..., Any]:
-    """Return a method that tells that it begins.
-
-    Args:
-        method: Does the work.
-        told: Is called before.
-    """
-
-    @wraps(method)
-    def both(*args: Any, **kwargs: Any) -> Any:
-        told()
-        return method(*args, **kwargs)
-
-    return both
+__all__ = ["Listener", "MirroredSave", "SaveListener", "mirrored"]
 
 
 class Listener(Protocol):

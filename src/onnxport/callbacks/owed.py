@@ -254,11 +254,11 @@ def share_template(folders: Sequence[Path], run: str) -> None:
     name = f".{run}{_TEMPLATE}"
     there = [folder for folder in folders if is_there(folder / name)]
     for folder in folders if there else ():
-        if folder not in there and any(folder.glob(f".*{OWED}")):
-            try:
-                os.link(there[0] / name, folder / name)
-            except OSError:  # a disk without links: the next fit makes the model
-                logger.debug("%s has no template.", folder, exc_info=True)
+        try:
+            if folder not in there and any(folder.glob(f".*{OWED}")):
+                os.link(there[-1] / name, folder / name)
+        except OSError:  # a folder that is gone, a disk without links: the next fit makes the model
+            logger.debug("%s has no template.", folder, exc_info=True)
 
 
 def used_below(root: Path) -> Iterator[Path]:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["claimed_place", "has_the_place", "place_among"]
+__all__ = ["claimed_place", "give_back", "has_the_place", "place_among"]
+
+_CLAIMS = "_names_of_models"
 
 
 def place_among(callback: ExportCallback, callbacks: Sequence[Any]) -> str | None:
@@ -33,26 +35,35 @@ def place_among(callback: ExportCallback, callbacks: Sequence[Any]) -> str | Non
     return f"-{target_text(only)}" if len(peers) > 1 and only else ""
 
 
-def claimed_place(callback: ExportCallback, training: Any) -> str | None:
+def claimed_place(callback: ExportCallback, training: Any, where: str = "") -> str | None:
     """Return what to add to the names of a callback's models, where nobody knows all callbacks.
 
-    Each leaves a note of its names for those that begin later.
+    Each leaves a note of its names for those that begin later, until it gives them back.
 
     Args:
         callback: The callback.
         training: What all callbacks of the training, and of no other one, can see.
+        where: Those of one place alone have the same names.
 
     Returns:
         ``""``, else its target; ``None`` if both are taken.
     """
-    taken: dict[str, int] = vars(training).setdefault("_names_of_models", {})
+    taken: dict[str, int] = vars(training).setdefault(_CLAIMS, {})
     only = callback.settings.targets.get("")
     for place in ("", *([f"-{target_text(only)}"] if only else [])):
-        names = [f"{_folder(callback)}{suffix}{place}" for suffix in callback.settings.targets]
+        suffixes = callback.settings.targets
+        names = [f"{where}:{_folder(callback)}:{suffix}{place}" for suffix in suffixes]
         if all(taken.get(name, id(callback)) == id(callback) for name in names):
             taken.update(dict.fromkeys(names, id(callback)))
             return place
     return None
+
+
+def give_back(callback: ExportCallback, training: Any) -> None:
+    """Let others have the names of a callback whose training is over."""
+    taken: dict[str, int] = vars(training).get(_CLAIMS, {})
+    for name in [name for name, holder in taken.items() if holder == id(callback)]:
+        del taken[name]
 
 
 def has_the_place(

@@ -125,15 +125,14 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._dated.stop()
         self._look_for_removed()
-        best = self._best(state)
-        if self._in_parts:
-            self._finish()
-            return
+        best = None if self._in_parts else self._best(state)
+        if self._in_parts and not self._run.reports:
+            self._run.refused(IN_PARTS, self._origin(None))
         with without_autocast(self._module):
             self._finish(
                 best,
                 stored=None if best is None else partial(self._stored, best),
-                final=(f"{args.output_dir}/model.safetensors", self._weights),
+                final=None if self._in_parts else (f"{args.output_dir}/{_FILES[0]}", self._weights),
             )
         if args.world_size == 1:
             self._raise_failure()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 import torch
+from typing_extensions import override
 
 from onnxport.errors import VerificationError
 from onnxport.exporter.reproduce_script import BUILD_HERE, SCRIPT
@@ -178,15 +179,65 @@ def _save_module(module: torch.nn.Module, path: Path, limit: int) -> str:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > limit:
         return f"it has {size} bytes, more than {limit}"
+    of_script = _is_of_script(module)
     try:
-        torch.save(module, path, pickle_module=cloudpickle if _is_of_script(module) else pickle)
+        if of_script:
+            _Measuring(_MOST_OF_CODE).dump(module)
+        torch.save(module, path, pickle_module=cloudpickle if of_script else pickle)
+    except _TooMuchDataError as error:
+        return str(error)
     except Exception as error:  # noqa: BLE001 - pickling runs user code
         path.unlink(missing_ok=True)
         return f"it cannot be pickled ({type(error).__name__})"
-    if path.stat().st_size > limit + _MOST_OF_CODE:  # data that the code of a script names
-        path.unlink()
-        return f"its code holds more than {_MOST_OF_CODE} bytes of data"
     return ""
+
+
+class _TooMuchDataError(Exception):
+    """Raised where the code of a script names data that would be saved with it."""
+
+
+class _Measuring(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles to nowhere, and raises as soon as that is too much; a module's tensors do not count.
+
+    Args:
+        limit: In bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(self, protocol=5, buffer_callback=self._add_buffer)
+        self._limit, self._left = limit, limit
+        self._own: set[int] = set()
+
+    @override
+    def dump(self, module: torch.nn.Module) -> None:
+        """Measure.
+
+        Raises:
+            _TooMuchDataError: If it is too much.
+        """
+        self._own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        super().dump(module)
+
+    def persistent_id(self, value: object) -> str | None:
+        """Count a tensor and leave it out."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if id(value) not in self._own:
+            self._add(value.numel() * value.element_size())
+        return "tensor"
+
+    def write(self, data: bytes) -> int:
+        """Take the place of a file."""
+        self._add(len(data))
+        return len(data)
+
+    def _add_buffer(self, buffer: pickle.PickleBuffer) -> None:
+        self._add(buffer.raw().nbytes)
+
+    def _add(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise _TooMuchDataError(f"its code holds more than {self._limit} bytes of data")
 
 
 def _is_of_script(module: torch.nn.Module) -> bool:

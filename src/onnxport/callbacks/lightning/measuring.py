@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from onnxport.callbacks.lightning.names import framework_of
 from onnxport.callbacks.lightning.validation import ValidationWatch
 from onnxport.callbacks.measured import Measured
@@ -26,6 +28,10 @@ class Measuring:
     def __init__(self) -> None:
         self.measured = Measured()
         self._watch: ValidationWatch | None = None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_watch": None}  # which has a file open
 
     def keep_batches(self, trainer: Any, options: Metrics) -> None:
         """Keep batches from now on: models are validated with them.
