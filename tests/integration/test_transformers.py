@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -84,6 +85,7 @@ def train(
     model: Any = None,
     *others: TrainerCallback,
     data: Any = None,
+    resume: bool = False,
     **arguments: Any,
 ) -> tuple[Trainer, Any]:
     torch.manual_seed(0)
@@ -109,7 +111,7 @@ def train(
         data_collator=DataCollatorWithPadding(tokenizer()),
         callbacks=[*([] if export is None else [export]), *others],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, model
 
 
@@ -356,21 +358,27 @@ def test_what_is_owed_of_tied_weights_is_made_from_files_that_have_them_once(
 
     class Stops(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 4:
+            if state.global_step == 8:  # all wait for the first one
                 while not export.reports:
-                    time.sleep(0.05)
+                    time.sleep(0.001)
                 stopped.append(worker_for(background, 0).pid)
                 os.kill(stopped[0], signal.SIGSTOP)
 
     masked = BertForMaskedLM(BertConfig(**SIZES))
     rows = [{"input_ids": [3, 4, 5, 2, 7], "labels": [3, 4, 5, 6, 7]} for _ in range(48)]
-    train(tmp_path, export, masked, Stops(), data=rows, eval_strategy="no")
+    often = {"data": rows, "eval_strategy": "no", "save_steps": 1}
+    run, again = tmp_path / "run", tmp_path / "again"
+    train(run, export, masked, Stops(), **often)
     os.kill(stopped[0], signal.SIGKILL)
-    assert not (tmp_path / "checkpoint-6" / "model.onnx").exists()
-    made = onnxport.resume(tmp_path)
-    assert [report.error for report in made] == [None, None]
-    for step in (6, 9):
-        folder = tmp_path / f"checkpoint-{step}"
+    shutil.copytree(run, again)
+    made = onnxport.resume(run)
+    assert len(made) > 4
+    assert {report.error for report in made} == {None}
+    next_fit, fresh = callback(), BertForMaskedLM(BertConfig(**SIZES))
+    train(again, next_fit, fresh, **often | {"resume": True, "max_steps": 14})
+    assert {report.error for report in next_fit.reports} == {None}
+    assert len(list(again.glob("checkpoint-*/model.onnx"))) == 14
+    for folder in (run / "checkpoint-9", again / "checkpoint-7", again / "checkpoint-9"):
         restored = BertForMaskedLM.from_pretrained(folder).eval()
         ids = torch.randint(3, len(WORDS), (3, 5))
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

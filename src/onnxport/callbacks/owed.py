@@ -39,7 +39,7 @@ from onnxport.report import Provenance
 from onnxport.tracking.job import address_from, plain_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from onnxport.config import ExportOptions
     from onnxport.pipeline import ExportJob, LiveReference
@@ -48,13 +48,14 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_USE",
     "Owed",
+    "SharedTemplate",
     "is_owed",
     "note",
     "note_anew",
     "owed",
     "settle",
-    "share_template",
     "sweep",
+    "template_of",
     "template_path",
     "ticket",
     "used_below",
@@ -242,23 +243,52 @@ def template_path(model: Path, run: str) -> Path:
     return model.with_name(f".{run}{_TEMPLATE}")
 
 
-def share_template(folders: Sequence[Path], run: str) -> None:
-    """Give the template of a run's models to each folder where one is owed and the graph is not.
+class SharedTemplate:
+    """Gives the graph of a run's models to each folder where one is owed.
 
     A framework may have a folder for each checkpoint, and remove the one with the first model.
 
     Args:
-        folders: Of the run's models.
         run: Tells the run, and the target, from all others.
     """
-    name = f".{run}{_TEMPLATE}"
-    there = [folder for folder in folders if is_there(folder / name)]
-    for folder in folders if there else ():
-        try:
-            if folder not in there and any(folder.glob(f".*{OWED}")):
-                os.link(there[-1] / name, folder / name)
-        except OSError:  # a folder that is gone, a disk without links: the next fit makes the model
-            logger.debug("%s has no template.", folder, exc_info=True)
+
+    def __init__(self, run: str) -> None:
+        self._name = f".{run}{_TEMPLATE}"
+        self._having: dict[Path, None] = {}
+        self._lacking: dict[Path, None] = {}
+
+    def noted(self, folder: Path) -> None:
+        """Something is owed in a folder."""
+        self._lacking[folder] = None
+        self._share()
+
+    def made(self, folder: Path) -> None:
+        """A model was made in a folder, and its graph may lie there."""
+        if is_there(folder / self._name):
+            self._having[folder] = None
+        self._share()
+
+    def _share(self) -> None:
+        having = reversed(list(self._having))
+        source = next((folder for folder in having if is_there(folder / self._name)), None)
+        if source is None:
+            return
+        for folder in list(self._lacking):
+            self._lacking.pop(folder, None)
+            try:
+                if any(folder.glob(f".*{OWED}")) and not is_there(folder / self._name):
+                    os.link(source / self._name, folder / self._name)
+                self._having[folder] = None
+            except OSError:  # it is gone, or a disk without links
+                logger.debug("%s has no template.", folder, exc_info=True)
+
+
+def template_of(debt: Owed, root: Path) -> Path | None:
+    """Return the template of a model that is owed: beside it, or beside another one of its run."""
+    if debt.template is None or debt.template.is_file():
+        return debt.template
+    beside = (folder / debt.template.name for folder in used_below(root))
+    return next((path for path in beside if path.is_file()), debt.template)
 
 
 def used_below(root: Path) -> Iterator[Path]:
@@ -271,13 +301,18 @@ def used_below(root: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def sweep(folders: Iterable[Path]) -> None:
-    """Remove what was begun and will not be finished, and templates where nothing is owed."""
+def sweep(folders: Iterable[Path], *, keep: bool = False) -> None:
+    """Remove what was begun and will not be finished, and templates where nothing is owed.
+
+    Args:
+        folders: Where.
+        keep: Leave the templates: models are owed elsewhere that need them.
+    """
     for folder in dict.fromkeys(folders):
         try:
             sweep_begun(folder)
             sweep_staged(folder)
-            if not any(folder.glob(f".*{OWED}")):
+            if not keep and not any(folder.glob(f".*{OWED}")):
                 for template in folder.glob(f".*{_TEMPLATE}"):
                     template.unlink(missing_ok=True)
         except OSError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxport.callbacks.owed import NO_USE, owed, settle, sweep, used_below
+from onnxport.callbacks.owed import NO_USE, owed, settle, sweep, template_of, used_below
 from onnxport.callbacks.refused import refused
 from onnxport.config import ExportOptions, Tolerance, Verify
 from onnxport.errors import ConfigurationError, ExportError, OnnxportError
@@ -83,7 +83,8 @@ def resume(
     def unclear(model: Path, why: str) -> None:
         made(ExportReport.of_failure(f"{why} {NO_USE}", Provenance(checkpoint=str(model))))
 
-    for debt in owed([root], unclear=unclear):
+    for noted in owed([root], unclear=unclear):
+        debt = replace(noted, template=template_of(noted, root))
         report = _pay(debt, pipelines)
         if report.ok and is_checkpoint(debt.checkpoint):
             _note_for_server(debt, report)
@@ -96,7 +97,7 @@ def resume(
         why = f"The folder of {note.model} (dirpath=) has taken no note of it. {_NEXT_FIT} "
         why += f"Remove {note.file}, and it is owed no more."
         made(ExportReport.of_failure(why, Provenance(checkpoint=str(note.checkpoint))))
-    sweep(used_below(root))
+    sweep(used_below(root), keep=not all(report.ok for report in reports))
     return reports
 
 

@@ -28,11 +28,11 @@ from onnxport.callbacks.live import LiveModule
 from onnxport.callbacks.options import DRAIN_AFTER_ERROR_S
 from onnxport.callbacks.owed import (
     NO_USE,
+    SharedTemplate,
     is_owed,
     note,
     owed,
     settle,
-    share_template,
     sweep,
     template_path,
     ticket,
@@ -85,9 +85,6 @@ logger = logging.getLogger(__name__)
 
 _MAY_PASS = frozenset({PublishError.code, WorkerError.code})
 """Failures of a disk or a worker; the model is owed still."""
-
-RECENT = 8
-"""So many of the last folders are looked at where each checkpoint has its own."""
 
 MAX_REHEARSALS = 3
 """Steps that are run on a copy to see calls that are compiled."""
@@ -196,7 +193,8 @@ class ExportSession:
         self._name = name
         self._recovered = self._looks_away = False
         self._id = secrets.token_hex(4)
-        self._folders: dict[Path, None] = {}
+        self._folders: set[Path] = set()
+        self._template = SharedTemplate(self._id)
         self._latest: dict[Path, _Begun] = {}
         self._given_up: set[Path] = set()
         self._small: Example | None = None
@@ -318,12 +316,8 @@ class ExportSession:
         self._begin(saved, finished, alive=alive)
         seconds["stall"] = time.perf_counter() - start
 
-    def _share_template(self) -> None:
-        """Let what is owed be made without the module, in whichever folder it will lie."""
-        share_template(list(self._folders)[-RECENT:], self._id)
-
     def _made(self, path: Path, *, latest: bool) -> None:
-        self._share_template()
+        self._template.made(path.parent)
         self._withdrawals.published(path)
         if latest:
             self._unnoted.settle(path)
@@ -428,7 +422,7 @@ class ExportSession:
             if path in self._latest or not is_ours(path):  # of this run, and on its way
                 continue
             event("model.owed", model=path, checkpoint=file)
-            self._folders[path.parent] = None
+            self._folders.add(path.parent)
             try:
                 found = read_state_dict(file)
             except (OnnxportError, OSError) as error:
@@ -467,7 +461,7 @@ class ExportSession:
             with self._unobserved(), unobserved():
                 job, live = self._job(saved, alive=alive)
                 if publish:
-                    self._folders[saved.path.parent] = None
+                    self._folders.add(saved.path.parent)
                     job = self._noted(job, saved, alive=alive)
                 self._runner.run(replace(job, publish=publish), live, saved.file, finished)
         except (Exception, SystemExit) as error:
@@ -485,7 +479,7 @@ class ExportSession:
             address = None if self._outbox is None else self._address
             how = None if job.reference is None else job
             note(saved.path, self._name, saved.origin, how, address)
-            self._share_template()
+            self._template.noted(saved.path.parent)
         return replace(job, ticket=ticket(saved.path))
 
     def _is_elsewhere(self, path: Path) -> bool:

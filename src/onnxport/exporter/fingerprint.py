@@ -48,6 +48,10 @@ _NOT_STATE = frozenset(
 """What no forward pass in eval mode depends on, and what is looked at in another way."""
 
 
+_SAVES_NOTE = frozenset({"architectures", "dtype", "transformers_version", "_name_or_path"})
+"""What a save of a pretrained model writes into its configuration, which has the first of them."""
+
+
 def fingerprint(module: nn.Module) -> dict[str, str]:
     """Return a digest for each attribute of each submodule that is no weight.
 
@@ -141,7 +145,9 @@ def _parts(value: Any) -> list[Any]:  # noqa: PLR0911 - one line per kind of val
         ]
     if isinstance(value, CodeType):
         return [value.co_code, [const for const in value.co_consts if isinstance(const, _PLAIN)]]
-    return [part for item in getattr(value, "__dict__", {}).items() for part in item]
+    attributes = getattr(value, "__dict__", {})
+    notes = _SAVES_NOTE if "architectures" in attributes else ()
+    return [part for item in attributes.items() if item[0] not in notes for part in item]
 
 
 def _feed_tensor(hasher: Any, tensor: torch.Tensor) -> None:
