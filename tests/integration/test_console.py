@@ -153,6 +153,14 @@ def test_the_registry_is_in_the_table(record: TrackingRecord | None, text: str) 
     assert row[-1] == text
 
 
+def test_checkpoints_that_went_before_their_turn_are_counted() -> None:
+    said: list[str] = []
+    show([ExportReport(ok=True, core="trace", global_step=3)], said.append, dropped=2)
+    assert "1 of 1 checkpoints have a proven model; 2 went" in said[0]
+    show([], said.append, dropped=2)
+    assert "no model: of the checkpoints 2 went" in said[1]
+
+
 def test_a_long_run_has_a_short_table() -> None:
     said: list[str] = []
     show([ExportReport(ok=True, core="trace", global_step=step) for step in range(99)], said.append)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reports import REPORT, TOLD, at
 
 from onnxport.errors import ConfigurationError
+from onnxport.page.document import _verdict
 from onnxport.page.folder import history_of
 from onnxport.page.history import HISTORY, append, latest, read
 from onnxport.report import ExportReport, Provenance
@@ -187,3 +188,14 @@ def test_a_page_without_a_model_imports_neither_torch_nor_onnx(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0 []"
     assert (tmp_path / "onnxport.html").is_file()
+
+
+def test_models_that_are_owed_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / ".model.onnx.pending").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="1 are owed, and `onnxport resume`"):
+        history_of(tmp_path)
+    append(tmp_path / HISTORY, REPORT)
+    found = history_of(tmp_path)
+    assert found.owed == 1
+    assert "1 model more to be made." in _verdict(found)

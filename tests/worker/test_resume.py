@@ -234,7 +234,7 @@ def test_a_resumed_model_is_told_to_the_server_of_its_run(store: str, tmp_path: 
     )
     run = command("resume", str(folder))
     assert run.returncode == 0, run.stderr
-    assert f"`onnxport sync {folder}` tells MLflow of them." in run.stdout
+    assert f"of the models: `onnxport sync {folder}`." in run.stdout
     told = onnxport.sync(folder)
     assert [record.missing for record in told.values() if record.missing] == []
     client = MlflowClient(store)

@@ -356,6 +356,6 @@ def test_a_process_that_dies_now_and_then_is_started_each_time(store: str, tmp_p
         last = export.reports[-1] if export.reports else None
         return last is not None and last.tracking is not None and not last.tracking.missing
 
-    fit(tmp_path, export, KillWhenItHasWorked(), epochs=5)
+    fit(tmp_path, export, KillWhenItHasWorked(), epochs=4)
     kept = [report for report in export.reports if Path(str(report.path)).exists()]
     assert [report.tracking.missing for report in kept if report.tracking.missing] == []

@@ -523,7 +523,8 @@ class ExportRun:
         self._announced.finish(limit_s, failed=self._failed)
         with never_raises("showing what was made"):
             if self._settings.console and self._sessions:
-                show(self.reports, self.say)
+                dropped = sum(session.dropped for session in self._sessions.values())
+                show(self.reports, self.say, dropped)
 
     def take_failure(self) -> ExportError | None:
         """Return the first failure that should end training and was not taken yet."""

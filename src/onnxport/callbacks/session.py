@@ -154,6 +154,7 @@ class ExportSession:
 
     Attributes:
         preflight: The report of the trial before the first checkpoint, when there was one.
+        dropped: How many models were not made, because their checkpoints went before.
 
     Raises:
         ConfigurationError: If the target does not exist.
@@ -193,6 +194,7 @@ class ExportSession:
         self._name = name
         self._recovered = self._looks_away = False
         self._id = secrets.token_hex(4)
+        self.dropped = 0
         self._folders: set[Path] = set()
         self._template = SharedTemplate(self._id)
         self._latest: dict[Path, _Begun] = {}
@@ -294,6 +296,7 @@ class ExportSession:
                 settle(path)
             if report is None:
                 event("model.dropped", model=path, reason=NOT_WANTED)
+                self.dropped += 1
                 return
             seconds["total"] = time.perf_counter() - start
             if report.ok:

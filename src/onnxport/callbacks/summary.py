@@ -84,19 +84,24 @@ def _registry(report: ExportReport, *, holds: bool) -> str:
     return f"v{record.version}{f' {record.alias}' if record.alias and holds else ''}"
 
 
-def show(reports: Sequence[ExportReport], say: Callable[[str], None]) -> None:
+def show(reports: Sequence[ExportReport], say: Callable[[str], None], dropped: int = 0) -> None:
     """Show the table: drawn on a terminal, as plain lines elsewhere.
 
     Args:
         reports: Of a run, in order.
         say: Tells the user lines where there is no terminal.
+        dropped: So many checkpoints went before it was their turn.
     """
+    gone = f"{dropped} went, or were saved again, before it was their turn" if dropped else ""
     if not reports:
+        if gone:
+            say(f"onnxport: no model: of the checkpoints {gone}")
         return
     rows, made = table_of(reports), sum(report.ok for report in reports)
     title = f"onnxport: {made} of {len(reports)} checkpoints have a proven model"
     more = len(reports) - len(rows)
     title += f" (the last {len(rows)})" if more else ""
+    title += f"; {gone}" if gone else ""
     columns = [place for place in range(len(HEAD)) if any(row[place] for row in rows)]
     kept = [tuple(row[place] for place in columns) for row in (HEAD, *rows)]
     if sys.stdout.isatty() and is_available("rich"):

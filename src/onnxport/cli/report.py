@@ -39,3 +39,5 @@ def report(
             f"{made['page']}: {made['proven']} of {made['checkpoints']} checkpoints have a proven "
             "model."
         )
+        if made["owed"]:
+            typer.echo(f"{made['owed']} more are to be made: `onnxport resume {folder}`.")

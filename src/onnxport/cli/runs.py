@@ -41,8 +41,9 @@ def resume(
         typer.echo(
             f"{made} of {len(reports)} models made." if reports else "No model is owed here."
         )
-        if reports and any(jobs_in([folder])):
-            typer.echo(f"`onnxport sync {folder}` tells MLflow of them.")
+        untold = sum(1 for _ in jobs_in([folder]))
+        if untold:
+            typer.echo(f"MLflow is to be told of {untold} of the models: `onnxport sync {folder}`.")
     if made < len(reports):
         raise typer.Exit(INCOMPLETE)
 

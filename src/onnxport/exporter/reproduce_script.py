@@ -102,6 +102,9 @@ def export_trace(module, inputs, path, variant):
 
 
 def export_script(module, inputs, path, variant):
+    for part in module.modules():  # Lightning's is asked for its trainer, and has none here
+        if hasattr(type(part), "_jit_is_scripting"):
+            type(part)._jit_is_scripting = True
     if PLAIN:
         module = torch.jit.script(module)
     else:

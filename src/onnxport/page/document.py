@@ -155,13 +155,12 @@ def _is_of(run: RunHistory, report: Any) -> bool:
 
 
 def _verdict(run: RunHistory) -> str:
-    if not run.failed:
-        return (
-            f"All {counted(len(run.reports), 'checkpoint')} have a proven model."
-            if len(run.reports) > 1
-            else "The checkpoint has a proven model."
-        )
-    return f"{len(run.proven):,} of {counted(len(run.reports), 'checkpoint')} have a proven model."
+    owed = f" {counted(run.owed, 'model')} more to be made." if run.owed else ""
+    all_of_them = f"All {counted(len(run.reports), 'checkpoint')} have"
+    if len(run.reports) == 1:
+        all_of_them = "The checkpoint has"
+    some = f"{len(run.proven):,} of {counted(len(run.reports), 'checkpoint')} have"
+    return f"{some if run.failed or run.owed else all_of_them} a proven model.{owed}"
 
 
 def _period(run: RunHistory) -> str:

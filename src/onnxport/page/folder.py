@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxport._files import read_small
+from onnxport._files import OWED, hidden_below, read_small
 from onnxport.errors import ConfigurationError
 from onnxport.page.history import HISTORY, Event, latest, read, report_of
 from onnxport.page.run import RunHistory
@@ -45,6 +45,12 @@ def history_of(folder: Path) -> RunHistory:
     beside = [each for each in files if not _is_of(each, elsewhere, chosen)]
     reports = [_report_in(file) for file in beside]
     merged = _merged(events, filter(None, reports))
+    owed = sum(1 for _ in hidden_below(folder, OWED))
+    if not merged and owed:
+        raise ConfigurationError(
+            f"No model is made yet in {str(folder)!r}; {owed} are owed, and `onnxport resume` "
+            "makes them."
+        )
     if not merged:
         raise ConfigurationError(
             f"No reports of onnxport were found in {str(folder)!r}. Give the folder of a run: of "
@@ -54,6 +60,7 @@ def history_of(folder: Path) -> RunHistory:
         events=merged,
         name=folder.resolve().name,
         unreadable=unreadable + reports.count(None),
+        owed=owed,
         others=tuple(str(each.relative_to(folder)) for each in histories[1:]),
     )
     return _with_models(run, folder, beside)

@@ -28,6 +28,7 @@ class RunHistory:
             ``None``: nobody has looked.
         model: The file whose graph is shown, or ``None``.
         unreadable: So many lines of the history, and files, are no reports.
+        owed: So many models are noted as still to be made.
         others: Histories of other runs below the same folder.
     """
 
@@ -36,6 +37,7 @@ class RunHistory:
     files: Mapping[str, int] | None = field(default=None, hash=False)
     model: Path | None = None
     unreadable: int = 0
+    owed: int = 0
     others: tuple[str, ...] = ()
 
     @cached_property
@@ -134,6 +136,7 @@ class RunHistory:
             "best": self.best and self.best.path,
             "champion": self.champion and self.champion.path,
             "unreadable": self.unreadable,
+            "owed": self.owed,
             "other_runs": list(self.others),
         }
 

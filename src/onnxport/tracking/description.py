@@ -6,7 +6,6 @@ import hashlib
 import posixpath
 import re
 from math import prod
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def tags_of(model: Model) -> dict[str, str]:
     report = model.report
     known = {
         "validated": "true",
-        "checkpoint": Path(report.checkpoint).name if report.checkpoint else None,
+        "checkpoint": known_as(report.checkpoint) if report.checkpoint else None,
         "weights_sha256": report.weights_sha256,
         "providers": ",".join(sorted({check.provider for check in report.checks})),
         "max_abs_error": report.max_abs_error,
