@@ -31,6 +31,7 @@ from transformers import (
 import onnxport
 from onnxport import Background
 from onnxport.callbacks.transformers import OnnxExport
+from onnxport.cli.models import _compared
 from onnxport.exporter.checkpoint_file import read_state_dict
 from onnxport.exporter.ownership import read_metadata
 from onnxport.worker.client import worker_for
@@ -166,7 +167,10 @@ def test_adapters_of_a_large_model_are_in_it(tmp_path: Path) -> None:
     arrays = {name: value.numpy() for name, value in given.items() if name in names}
     with torch.no_grad():  # the best weights are loaded
         expected = model.eval()(**given).logits
-    found = ask(Path(trainer.state.best_model_checkpoint) / "model.onnx", **arrays)
+    best_model = Path(trainer.state.best_model_checkpoint) / "model.onnx"
+    adapter = best_model.with_name("adapter_model.safetensors")
+    assert "an adapter" in _compared(best_model, adapter)["why"]
+    found = ask(best_model, **arrays)
     torch.testing.assert_close(torch.from_numpy(found["logits"]), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -231,6 +235,8 @@ def test_only_the_best_at_the_end(tmp_path: Path) -> None:
     assert str(report.path) == f"{trainer.state.best_model_checkpoint}/model.onnx"
     assert report.weights_sha256 == onnxport.weights_sha256(model.state_dict())
     assert report.metrics["eval_loss"] == pytest.approx(trainer.state.best_metric)
+    for checkpoint in (Path(report.path).parent, Path(report.path).with_name("model.safetensors")):
+        assert _compared(Path(report.path), checkpoint)["ok"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxport.callbacks.training import never_raises
 from onnxport.exporter.global_state import preserved_globals
+from onnxport.exporter.tied import tied_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,9 +35,11 @@ _NO_COMPANIONS = frozenset({"trainer_state.json", "model.safetensors.index.json"
 
 
 def notes_of(module: nn.Module) -> dict[str, str]:
-    """Say what the classes are called, where the module knows."""
+    """Say what the classes are called, where the module knows; and which weights are one."""
     labels = getattr(getattr(module, "config", None), "id2label", None)
-    return {"id2label": json.dumps(labels, default=str)} if labels else {}
+    notes = {"id2label": json.dumps(labels, default=str)} if labels else {}
+    tied = tied_names(module)  # a file has each once, and its hash would be another one
+    return notes | ({"tied": json.dumps(tied)} if tied else {})
 
 
 def companions_in(folder: Path) -> list[str]:

@@ -255,7 +255,8 @@ class ExportRun:
         what = f"The module does not export [{report.code}]"
         message = f"{what}, so no checkpoint will get a model: {report.error}"
         if self._settings.preflight == "warn":
-            logger.warning("%s Training goes on.", message)
+            end = "" if message.endswith((".", "!", "?")) else "."
+            logger.warning("%s%s Training goes on.", message, end)
         else:
             self._early_failure = ExportError(message, report)
 

@@ -23,7 +23,7 @@ from onnxport.callbacks.pretrained import (
 from onnxport.callbacks.run import ExportRun
 from onnxport.callbacks.spread import IN_PARTS, is_in_parts
 from onnxport.callbacks.training import Training, Weights
-from onnxport.exporter.checkpoint_file import read_state_dict
+from onnxport.exporter.checkpoint_file import PRETRAINED, read_state_dict, weights_in_folder
 from onnxport.exporter.tied import tied_names, with_tied
 from onnxport.report import Provenance
 
@@ -38,8 +38,6 @@ with optional_import(extra="transformers", needed_for="The callback of Hugging F
     from transformers import TrainerCallback
     from transformers.utils.generic import find_labels
 
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-"""What the Trainer saves weights to."""
 _OF_LOSS = frozenset({"num_items_in_batch", "return_loss"})
 """What the Trainer itself adds to a call."""
 
@@ -132,7 +130,9 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
             self._finish(
                 best,
                 stored=None if best is None else partial(self._stored, best),
-                final=None if self._in_parts else (f"{args.output_dir}/{_FILES[0]}", self._weights),
+                final=None
+                if self._in_parts
+                else (f"{args.output_dir}/{PRETRAINED[0]}", self._weights),
             )
         if args.world_size == 1:
             self._raise_failure()
@@ -187,9 +187,8 @@ class OnnxExport(LoopCallback, TrainerCallback):  # type: ignore[misc]
 
 
 def _weights_in(folder: Path) -> str:
-    return str(
-        next((folder / each for each in _FILES if (folder / each).exists()), folder / _FILES[0])
-    )
+    found = weights_in_folder(folder)
+    return str(found if found != folder else folder / PRETRAINED[0])
 
 
 def _labels(module: nn.Module, named: Collection[str] | None) -> Collection[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,8 @@ from onnxport.cli.inputs import Inputs, facts_at
 from onnxport.cli.output import INCOMPLETE, emit, line_of, or_exit, size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnxport.config import MLflow
     from onnxport.exporter.model_diff import ModelDifference
     from onnxport.exporter.model_facts import ModelFacts
@@ -156,17 +159,40 @@ def _compared(model: Path, checkpoint: Path) -> dict[str, Any]:
         ConfigurationError: If there is no such file.
     """
     from onnxport.errors import ConfigurationError
-    from onnxport.exporter.checkpoint_file import is_readable, read_state_dict
+    from onnxport.exporter.checkpoint_file import (
+        is_readable,
+        read_state_dict,
+        weights_in_folder,
+    )
+    from onnxport.exporter.tied import with_tied
     from onnxport.exporter.weights import weights_sha256
 
-    noted = facts_at(model).origin.get("weights_sha256")
+    origin = facts_at(model).origin
+    noted, checkpoint = origin.get("weights_sha256"), weights_in_folder(checkpoint)
     if not is_readable(checkpoint):
         raise ConfigurationError(f"There is no checkpoint at {checkpoint}.")
-    found = weights_sha256(read_state_dict(checkpoint))
+    state = read_state_dict(checkpoint)
+    found = weights_sha256(with_tied(state, _tied_in(origin)))
     why = "" if noted == found else "it was made of other weights than the checkpoint holds."
+    if why and checkpoint.name.startswith("adapter_model"):
+        why = "the file holds an adapter, which is a part of the weights."
     if not noted:
         why = "it does not say which weights it is of. --module proves it by running both."
     return {"ok": not why, "model": noted, "checkpoint": found, "why": why}
+
+
+def _tied_in(origin: Mapping[str, str]) -> list[list[str]]:
+    """Return the names of weights that are one, as a model of anybody's says."""
+    try:
+        found = loads(origin.get("tied", "[]"))
+    except (ValueError, RecursionError):
+        return []
+    groups = found if isinstance(found, list) else []
+    return [
+        names
+        for names in groups
+        if isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ]
 
 
 def _proven(model: Path, checkpoint: Path, inputs: Inputs, target: str) -> dict[str, Any]:

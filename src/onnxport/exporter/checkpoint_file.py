@@ -33,6 +33,7 @@ __all__ = [
     "read_plain_content",
     "read_state_dict",
     "weights_in",
+    "weights_in_folder",
 ]
 
 _POPULATE_READ = 22
@@ -61,6 +62,8 @@ _OF_DEEPSPEED = "latest"
 _SAFE, _SAFE_INDEX = ".safetensors", ".safetensors.index.json"
 _USUAL = ("model", "model_state_dict", "module", "network", "net", "weights")
 """Where loops of people's own have the weights."""
+PRETRAINED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+"""What weights are called where each checkpoint has a folder of its own."""
 MAX_DEPTH = 8
 """How deep plain values of a checkpoint are read."""
 NOT_PLAIN = object()
@@ -179,6 +182,15 @@ def _plain(value: Any, depth: int) -> Any:
     if depth and isinstance(value, tuple):
         return tuple(_plain(item, depth - 1) for item in value)
     return NOT_PLAIN
+
+
+def weights_in_folder(folder: Path) -> Path:
+    """Return the file of weights in the folder of a checkpoint; the folder itself if there is none.
+
+    Args:
+        folder: Anything; a file is returned as it is.
+    """
+    return next((folder / name for name in PRETRAINED if (folder / name).is_file()), folder)
 
 
 def is_checkpoint(path: Path) -> bool:
