@@ -69,7 +69,8 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.exhaustive), "parts"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["whole", "parts"])
 def test_models_of_spread_weights_are_whole(kind: str, tmp_path: Path) -> None:
     together(textwrap.dedent(SCRIPT), tmp_path, 2, str(tmp_path), kind)
     for rank in (0, 1):

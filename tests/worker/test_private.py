@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.worker]
+pytestmark = [pytest.mark.integration, pytest.mark.worker, pytest.mark.exhaustive]
 
 SCRIPT = """
     import json, os, sys, threading, time
