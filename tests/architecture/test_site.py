@@ -95,7 +95,8 @@ def test_every_option_is_explained(option: type, site: Path) -> None:
 def test_every_page_is_there_but_the_notes_of_the_project(site: Path) -> None:
     pages = {path.relative_to(DOCS).with_suffix("") for path in DOCS.glob("**/*.md")}
     built = {path.relative_to(site).with_suffix("") for path in site.glob("**/*.html")}
-    assert {str(page) for page in pages - built if "_build" not in page.parts} == {"progress"}
+    left_out = {str(page) for page in pages - built if "_build" not in page.parts}
+    assert left_out <= {"progress"}  # which is there while something is under way
 
 
 @pytest.mark.slow
